@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #d67149c4
+# %% ../nbs/02_settings.ipynb #704f800c
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -80,7 +80,7 @@ class Model(Section):
     encoder_steps: Annotated[int, Field(ge=4, le=512)] = 32
     hidden_size: Annotated[int, Field(ge=4, le=256)] = 16
     max_epochs: Count = 20
-    patience: Count = 3
+    patience: Count = 5
     batch_size: Count = 256
 
 class Live(Section):

@@ -105,7 +105,7 @@ class Windows(Dataset[Batch]):
         decoder = encoder[:, -1:] * self.is_known
         return batch_of(torch.from_numpy(encoder), torch.from_numpy(decoder), torch.from_numpy(self.y[t]))
 
-# %% ../nbs/13_tft.ipynb #222c4a6b
+# %% ../nbs/13_tft.ipynb #1fc8b105
 Precision = Literal['32-true', 'bf16-mixed', '16-mixed']    # the mixed ones are AMP, for a GPU
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Network(TemporalFusionTransformer):
     def configure_optimizers(self) -> torch.optim.Optimizer: return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name in ('hyper_parameters', 'hparams_name'): checkpoint.pop(name, None)
+        for name in ('hyper_parameters', 'hparams_name', 'dataset_parameters'): checkpoint.pop(name, None)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: pass
 
 def make_network(k: int, known: Sequence[int], steps: int, h: HParams) -> Network:
     "An untrained network for `k` features, of which the columns `known` are known ahead."
@@ -224,7 +225,7 @@ class Shuffled(Sampler[int]):
 
 def _epoch_seed(seed: int, epoch: int) -> int: return seed * 1_000_003 + epoch
 
-# %% ../nbs/13_tft.ipynb #c41a2d23
+# %% ../nbs/13_tft.ipynb #a8f38f67
 class Diary(pl.Callback):
     "Seeds each epoch, keeps its losses and tells them in one line; goes into the checkpoint with the training's name."
     def __init__(self, name: str, h: HParams, say: Callable[[str], None] | None):
@@ -236,8 +237,11 @@ class Diary(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None: self.history = list(state['history'])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.manual_seed(_epoch_seed(self.h.seed, trainer.current_epoch))
         self.began = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+        # Not at the start of the epoch: the loader draws a number after it, but in a resumed epoch before it.
+        if batch_idx == 0: torch.manual_seed(_epoch_seed(self.h.seed, trainer.current_epoch))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         m = trainer.callback_metrics
@@ -247,20 +251,20 @@ class Diary(pl.Callback):
         best = 'best' if losses[-1] == min(losses) else f'best {min(losses):.4f} in epoch {losses.index(min(losses)) + 1}'
         self.say(f'epoch {len(losses):>2}/{self.h.max_epochs}  train {now["train"]:.4f}  stop {now["stop"]:.4f}  {best}  ({time.monotonic() - self.began:.0f} s)')
 
-# %% ../nbs/13_tft.ipynb #246442c4
+# %% ../nbs/13_tft.ipynb #db5f94fc
 def training_name(h: HParams, train: Windows, stop: Windows, **more: Any) -> str:
     "What a training is, in 16 hex digits: parameters and every number that goes in."
     sha = hashlib.sha256(json.dumps([asdict(h), more], sort_keys=True).encode())
     for a in (train.Z, train.y, train.ends, stop.ends, train.is_known): sha.update(np.ascontiguousarray(a).tobytes())
     return sha.hexdigest()[:16]
 
-def find_checkpoint(folder: Path, name: str) -> tuple[Path | None, bool]:
+def find_checkpoint(folder: Path, name: str, max_epochs: int) -> tuple[Path | None, bool]:
     "The last checkpoint of the training `name` in `folder`, and whether that training is over. Others are removed."
     last = folder / 'last.ckpt'
     try:
         callbacks = torch.load(last, weights_only=True, map_location='cpu')['callbacks']
         diary, stopping = (next(v for k, v in callbacks.items() if k.startswith(kind)) for kind in ('Diary', 'EarlyStopping'))
-        if diary['name'] == name: return last, stopping['stopped_epoch'] > 0
+        if diary['name'] == name: return last, stopping['stopped_epoch'] > 0 or len(diary['history']) >= max_epochs
     except FileNotFoundError: pass
     except Exception as e: logging.getLogger(__name__).warning('%s cannot be read (%s); the training starts over', last, type(e).__name__)
     for old in (last, folder / 'best.ckpt'): old.unlink(missing_ok=True)
@@ -296,34 +300,42 @@ def fit_tft(X: np.ndarray, y: np.ndarray, times: np.ndarray, group: np.ndarray, 
         history = _train(net, sets['train'], sets['stop'], h, name, Path(checkpoint_dir or tmp), say)
     return TftModel(net.cpu().eval(), scaler, names, known, steps, every_ms, h, tuple(history))
 
-# %% ../nbs/13_tft.ipynb #c71d31e6
+# %% ../nbs/13_tft.ipynb #4ebddd2e
 def _train(net: Network, train: Windows, stop: Windows, h: HParams, name: str, folder: Path, say: Callable[[str], None] | None) -> list[dict[str, float]]:
     "Fit `net` and leave the weights of its best epoch in it."
     def loader(w: Windows, sampler: Sampler[int] | None) -> DataLoader[Batch]:
         return DataLoader(w, batch_size=h.batch_size, sampler=sampler, collate_fn=_as_is)
 
-    last, over = find_checkpoint(folder, name)
+    last, over = find_checkpoint(folder, name, h.max_epochs)
     diary = Diary(name, h, say)
-    keep = ModelCheckpoint(folder, filename='best', monitor='val_loss', save_last=True, enable_version_counter=False, save_on_train_epoch_end=True)
+    # Two of them, for `save_last=True` of one would save the last epoch only when it is also the best.
+    best_one, last_one = (ModelCheckpoint(folder, filename=f, monitor=m, enable_version_counter=False, save_on_train_epoch_end=True)
+        for f, m in (('best', 'val_loss'), ('last', None)))
     stopping = EarlyStopping('val_loss', patience=h.patience, check_on_train_epoch_end=True, check_finite=False)
     trainer = pl.Trainer(max_epochs=h.max_epochs, precision=h.precision, gradient_clip_val=h.gradient_clip, accelerator='auto', devices=1,
-        callbacks=[diary, keep, stopping], logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[diary, stopping, best_one, last_one], logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         default_root_dir=folder)
     if last and say: say(f'{name}: {"already trained" if over else "goes on from its last checkpoint"}')
-    if not over: _interruptible(lambda: trainer.fit(net, loader(train, Shuffled(len(train), h.seed)), loader(stop, None), ckpt_path=last, weights_only=True))
+    if not over: _run_fit(lambda: trainer.fit(net, loader(train, Shuffled(len(train), h.seed)), loader(stop, None), ckpt_path=last, weights_only=True))
     best = torch.load(folder / 'best.ckpt', weights_only=True, map_location='cpu')
     net.load_state_dict(best['state_dict'])
     final = torch.load(folder / 'last.ckpt', weights_only=True, map_location='cpu')
     history = next(v for k, v in final['callbacks'].items() if k.startswith('Diary'))['history']
-    if not np.isfinite(history[best['epoch']]['stop']): raise BadData('tft: the loss is not finite; lower the learning rate')
     return history
 
 def _as_is(batch: Any) -> Any: return batch    # __getitems__ has made it a batch already
 
-def _interruptible(fit: Callable[[], Any]) -> None:
-    "Lightning answers Ctrl+C with `sys.exit` and leaves it switched off; a notebook wants a KeyboardInterrupt."
+def _run_fit(fit: Callable[[], Any]) -> None:
+    """Lightning answers Ctrl+C with `sys.exit` and leaves it switched off; a notebook wants a KeyboardInterrupt.
+    The library answers a loss that is not finite with 1e9 and a warning; we stop."""
     before = signal.getsignal(signal.SIGINT)
-    try: fit()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', message='Loss is not finite')
+            fit()
+    except UserWarning as e:
+        if 'not finite' not in str(e): raise
+        raise BadData('tft: the loss is not finite; lower the learning rate') from None
     except SystemExit:
         signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt from None

@@ -1,0 +1,387 @@
+"""The emulator against raw HTTP, raw sockets and the real ccxt client: what a venue refuses, limits, and in which order it speaks."""
+import asyncio, json, time
+from contextlib import asynccontextmanager
+from urllib.parse import urlencode
+import aiohttp, ccxt.pro, numpy as np, pytest
+from ccxt.protobuf.mexc.PushDataV3ApiWrapper_pb2 import PushDataV3ApiWrapper
+from realdeal.emulator import Emulator, Limits, client_options, secret_of, serve, sign
+from realdeal.market import Candles, Trade, bar_of, generate
+from realdeal.types import DAY, MINUTE, BadData, MarketRules, Missing
+from realdeal.venue import BookShape
+
+START = 1_735_689_600_000
+NOW = START + DAY
+HISTORIES = generate('realistic', ('BTC/USDT', 'ETH/USDT'), START, 2880, seed=11)
+KEY = 'emulator-main'
+DEALS, DEPTH, KLINE = ('spot@public.aggre.deals.v3.api.pb@100ms@BTCUSDT', 'spot@public.aggre.depth.v3.api.pb@100ms@BTCUSDT', 'spot@public.kline.v3.api.pb@BTCUSDT@Min1')
+ORDERS, MYDEALS, ACCOUNT = (f'spot@private.{k}.v3.api.pb' for k in ('orders', 'deals', 'account'))
+
+
+class Raw:
+    "A client without manners: it says exactly what it is told to."
+    def __init__(self, emulator, http): self.e, self.http = emulator, http
+
+    async def ask(self, method, path, key=KEY, secret=None, stamp=0, signed=True, **params):
+        headers = {'X-MEXC-APIKEY': key} if key else {}
+        query = urlencode(params | ({'timestamp': self.e.clock.now + stamp} if signed else {}))
+        if signed: query += '&signature=' + sign(secret or secret_of(key), query)
+        async with self.http.request(method, f'{self.e.url}{path}?{query}', headers=headers) as r:
+            self.headers = r.headers
+            return r.status, await r.json()
+
+    async def code(self, method, path, **kw):
+        status, body = await self.ask(method, path, **kw)
+        return (status, body['code']) if status != 200 else 200
+
+    async def order(self, side='BUY', type='LIMIT', quantity='0.01', price='50000', **kw):
+        given = {'side': side, 'type': type, 'quantity': quantity, 'price': price, 'symbol': 'BTCUSDT', **kw}
+        return await self.ask('POST', '/api/v3/order', **{k: v for k, v in given.items() if v is not None})
+
+    async def free(self, asset):
+        body = (await self.ask('GET', '/api/v3/account'))[1]
+        return {b['asset']: (float(b['free']), float(b['locked'])) for b in body['balances']}[asset]
+
+    @asynccontextmanager
+    async def stream(self, *channels, query=''):
+        "A socket that is subscribed, and the list its frames go to."
+        frames, acks = [], []
+        async def read(ws):
+            async for m in ws:
+                if m.type == aiohttp.WSMsgType.BINARY: frames.append(m.data)
+                else: acks.append(m.data)
+        async with self.http.ws_connect(self.e.ws_url + query) as ws:
+            task = asyncio.create_task(read(ws))
+            await ws.send_json({'method': 'SUBSCRIPTION', 'params': list(channels)})
+            async with asyncio.timeout(5):
+                while not acks: await asyncio.sleep(.005)  # noqa: ASYNC110
+            yield frames, acks, ws
+            task.cancel()
+
+    async def step(self, minutes=1):
+        async with self.http.post(f'{self.e.url}/emulator/step', params={'minutes': minutes}) as r: body = r.status, await r.json()
+        await asyncio.sleep(.1)  # the reader's own loop
+        return body
+
+
+@asynccontextmanager
+async def raw(**kw):
+    given = {'histories': HISTORIES, 'now': NOW, 'balances': {'USDT': 10_000, 'BTC': 1}, 'seed': 3, **kw}
+    async with serve(**given) as e, aiohttp.ClientSession() as http: yield Raw(e, http)
+
+
+def parsed(frames): return [PushDataV3ApiWrapper.FromString(f) for f in frames]
+
+
+# ---- who may speak
+
+async def test_a_wrong_signature_key_or_stamp_is_refused():
+    async with raw() as r:
+        account = '/api/v3/account'
+        assert await r.code('GET', account) == 200
+        assert await r.code('GET', account, secret='wrong') == (400, 700002)
+        assert await r.code('GET', account, key='mx0real') == (400, 10072)
+        assert await r.code('GET', account, key='') == (400, 10072)
+        assert await r.code('GET', account, signed=False) == (400, 700002)
+        assert [await r.code('GET', account, stamp=s) for s in (-5000, 1000)] == [200, 200]
+        assert [await r.code('GET', account, stamp=s) for s in (-5001, 1001)] == [(400, 700003)] * 2
+        assert await r.code('GET', account, stamp=-3000, recvWindow=2000) == (400, 700003)
+        assert await r.code('GET', account, recvWindow=60001) == (400, 700005)
+
+
+async def test_a_signed_request_cannot_be_altered():
+    async with raw() as r:
+        query = urlencode({'symbol': 'BTCUSDT', 'timestamp': NOW})
+        url = f'{r.e.url}/api/v3/openOrders?{query.replace("BTC", "ETH")}&signature={sign(secret_of(KEY), query)}'
+        async with r.http.get(url, headers={'X-MEXC-APIKEY': KEY}) as answer: assert (await answer.json())['code'] == 700002
+
+
+async def test_each_key_has_its_own_wallet_and_orders():
+    async with raw() as r:
+        _, placed = await r.order(newClientOrderId='mine')
+        assert (await r.free('USDT'))[1] > 0
+        assert await r.code('GET', '/api/v3/order', key='emulator-other', symbol='BTCUSDT', orderId=placed['orderId']) == (400, -2013)
+        _, other = await r.ask('GET', '/api/v3/account', key='emulator-other')
+        assert {b['asset']: b['locked'] for b in other['balances']}['USDT'] == '0'
+
+
+@pytest.mark.parametrize('method,path', [('GET', '/api/v3/nothing'), ('PUT', '/api/v3/order'), ('GET', '/etc/passwd')])
+async def test_what_does_not_exist_is_404(method, path):
+    async with raw() as r: assert (await r.ask(method, path))[0] == 404
+
+
+async def test_it_listens_on_loopback_only():
+    async with raw() as r: assert r.e.runner.addresses[0][0] == '127.0.0.1'
+
+
+# ---- what an order must be
+
+@pytest.mark.parametrize('order,code', [
+    ({'quantity': '0.0100001'}, 10096), ({'price': '50000.001'}, 30010), ({'quantity': '0.00009'}, 30002), ({'quantity': '0'}, 10102), ({'quantity': '-1'}, 10102),
+    ({'quantity': 'many'}, 700008), ({'quantity': '1e40'}, 700008), ({'price': '1e-40'}, 700008), ({'price': 'Infinity'}, 10102), ({'quantity': 'NaN'}, 10102), ({'quantity': None}, 10102), ({'price': None}, 10102), ({'quantity': '1'}, 10101), ({'side': 'SELL', 'quantity': '1.1'}, 10101),
+    ({'symbol': 'DOGEUSDT'}, -1121), ({'side': 'HOLD'}, 700008), ({'type': 'STOP'}, 700008), ({'newClientOrderId': 'x' * 33}, 700008), ({'newClientOrderId': 'a b'}, 700008),
+    ({'type': 'MARKET', 'price': None, 'quantity': None, 'quoteOrderQty': '4.9'}, 30002), ({'type': 'MARKET', 'price': None, 'quantity': None, 'quoteOrderQty': '10001'}, 10101),
+])
+async def test_a_bad_order_is_refused_and_leaves_no_trace(order, code):
+    async with raw() as r:
+        before = await r.free('USDT')
+        status, body = await r.order(**order)
+        assert (status, body['code']) == (400, code), body
+        assert await r.free('USDT') == before and r.e.venue.orders == {}
+        given = {'side': 'BUY', 'type': 'LIMIT', 'quantity': '0.01', 'price': '50000', 'symbol': 'BTCUSDT', **order}
+        assert await r.code('POST', '/api/v3/order/test', **{k: v for k, v in given.items() if v is not None}) == (400, code)
+
+
+async def test_a_symbol_that_may_not_be_traded_by_api():
+    async with raw(rules={s: MarketRules(s, 1e-6, .01, 5., active=s != 'BTC/USDT') for s in HISTORIES}) as r:
+        assert (await r.order())[1]['code'] == 10007
+        x = ccxt.pro.mexc(client_options(r.e.url))
+        try:
+            await x.load_time_difference()
+            markets = await x.load_markets()
+        finally: await x.close()
+        assert not markets['BTC/USDT']['active'] and markets['ETH/USDT']['active']
+
+
+async def test_an_open_client_id_is_refused_and_a_used_one_buys_again():
+    async with raw() as r:
+        assert (await r.order(newClientOrderId='a'))[0] == 200
+        assert (await r.order(newClientOrderId='a'))[1]['code'] == 603
+        assert await r.code('DELETE', '/api/v3/order', symbol='BTCUSDT', origClientOrderId='a') == 200
+        assert await r.code('DELETE', '/api/v3/order', symbol='BTCUSDT', origClientOrderId='a') == (400, -2011)
+        assert (await r.order(newClientOrderId='a'))[0] == 200
+        market = {'type': 'MARKET', 'price': None, 'newClientOrderId': 'b', 'quantity': '0.001'}
+        assert [(await r.order(**market))[0] for _ in range(2)] == [200, 200]  # filled at once, so the id is free: bought twice
+        assert (await r.free('BTC'))[0] == pytest.approx(1.002)
+
+
+# ---- matching
+
+async def test_a_market_order_eats_a_thin_book_in_part():
+    async with raw(balances={'USDT': 1_000_000, 'BTC': 0}, shape=BookShape(level_quote=1_000., levels=5)) as r:
+        depth = (await r.ask('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False))[1]
+        there = sum(float(a) for _, a in depth['asks'])
+        _, placed = await r.order(type='MARKET', price=None, quantity='1')
+        _, order = await r.ask('GET', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId'])
+        assert order['status'] == 'PARTIALLY_CANCELED' and float(order['executedQty']) == pytest.approx(there) and there < 1
+        _, deals = await r.ask('GET', '/api/v3/myTrades', symbol='BTCUSDT')
+        assert len(deals) == 5 and not deals[0]['isMaker'] and sum(float(d['qty']) for d in deals) == pytest.approx(there)
+        paid = sum(float(d['quoteQty']) + float(d['commission']) for d in deals)
+        assert (await r.free('USDT'))[0] == pytest.approx(1_000_000 - paid, abs=1e-9) and (await r.free('BTC'))[0] == pytest.approx(there)
+        assert (await r.ask('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False))[1]['asks'] == []
+
+
+def steps(*prices):
+    "One symbol whose minutes are flat at `prices`: every trade of a minute is at its price."
+    p = np.array(prices, dtype=float)
+    return {'BTC/USDT': Candles('BTC/USDT', START + MINUTE * np.arange(len(p)), p, p, p, p, np.full(len(p), 100.))}
+
+
+async def test_a_resting_order_is_filled_only_when_traded_through():
+    # minute 0: 60,000   1: at the order's price   2: a tick below it
+    async with raw(histories=steps(60_000, 59_900, 59_899.99, 59_899.99), now=START) as r:
+        _, placed = await r.order(price='59900', quantity='0.01')
+        async def state(): return (await r.ask('GET', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId']))[1]
+        await r.step(2)  # stands 2 s into minute 2 only if its opening trade is sent: so that trade is through
+        filled = await state()
+        assert filled['status'] == 'FILLED' and filled['updateTime'] == START + 2 * MINUTE  # not a moment before
+        assert float(filled['cummulativeQuoteQty']) == 599.
+    async with raw(histories=steps(60_000, 59_900, 59_900, 59_900), now=START) as r:
+        _, placed = await r.order(price='59900', quantity='0.01')
+        await r.step(3)
+        assert (await state())['status'] == 'NEW'  # two minutes of trades at its price, and none through it
+
+
+async def test_post_only_and_fill_or_kill():
+    async with raw(balances={'USDT': 100_000}) as r:
+        ask = (await r.ask('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False))[1]['asks'][0][0]
+        async def fate(**kw):
+            _, placed = await r.order(price=ask, **kw)
+            return (await r.ask('GET', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId']))[1]['status']
+        assert await fate(type='LIMIT_MAKER', quantity='0.0005') == 'CANCELED' and r.e.venue.deals == []
+        assert await fate(type='FILL_OR_KILL', quantity='0.5') == 'CANCELED' and r.e.venue.deals == []
+        assert await fate(type='FILL_OR_KILL', quantity='0.0005') == 'FILLED'
+        assert await fate(type='IMMEDIATE_OR_CANCEL', quantity='0.5') == 'PARTIALLY_CANCELED'
+        assert (await r.free('USDT'))[1] == 0  # nothing stays locked
+
+
+# ---- limits
+
+async def test_429_says_how_long_and_keeps_its_word():
+    async with raw(limits=Limits(weight=5, window=1.)) as r:
+        ask = {'symbol': 'BTCUSDT', 'interval': '1m', 'signed': False}
+        answers = [await r.code('GET', '/api/v3/klines', **ask) for _ in range(6)]
+        assert answers == [200] * 5 + [(429, 429)] and r.headers['Retry-After'] == '1'
+        assert await r.code('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False) == 200  # each endpoint has its own budget
+        await asyncio.sleep(1.)
+        assert await r.code('GET', '/api/v3/klines', **ask) == 200
+        x = ccxt.pro.mexc({**client_options(r.e.url), 'enableRateLimit': False})
+        try:
+            with pytest.raises(ccxt.RateLimitExceeded):
+                for _ in range(6): await x.fetch_time()
+        finally: await x.close()
+
+
+async def test_a_connection_holds_so_many_subscriptions():
+    async with raw(limits=Limits(subscriptions=2)) as r, r.stream(DEALS, DEPTH, KLINE) as (frames, acks, ws):
+        assert acks[0] == json.dumps({'id': 0, 'code': 0, 'msg': f'Not Subscribed successfully! [{KLINE}].  Reason： Blocked! '})
+        await ws.send_json({'method': 'UNSUBSCRIPTION', 'params': [DEPTH]})
+        await ws.send_json({'method': 'SUBSCRIPTION', 'params': [KLINE]})
+        await r.step()
+        assert json.loads(acks[-1])['msg'] == KLINE and {f.channel for f in parsed(frames)} == {DEALS, KLINE}
+
+
+@pytest.mark.parametrize('limits,channels,life', [
+    (Limits(idle=.3), [], .3), (Limits(ping_timeout=.3), [DEALS], .3), (Limits(connection_age=.3), [DEALS], .3)])
+async def test_a_connection_ends_with_its_limit(limits, channels, life):
+    async with raw(limits=limits) as r, r.http.ws_connect(r.e.ws_url) as ws:
+        began = time.monotonic()
+        await ws.send_json({'method': 'SUBSCRIPTION', 'params': channels})
+        async for _ in ws: pass
+        assert ws.closed and life - .1 < time.monotonic() - began < life + 2
+        assert r.e.hub.connections == [] and r.e.hub.listeners == {}
+
+
+async def test_a_ping_keeps_a_connection():
+    async with raw(limits=Limits(ping_timeout=.4)) as r, r.stream(DEALS) as (_, acks, ws):
+        for _ in range(4):
+            await asyncio.sleep(.2)
+            await ws.send_json({'method': 'ping'})
+        await asyncio.sleep(.1)
+        assert not ws.closed and json.loads(acks[-1])['msg'] == 'PONG'
+
+
+async def test_a_listen_key_expires_unless_kept():
+    async with raw(limits=Limits(listen_key_life=.5)) as r:
+        key = (await r.ask('POST', '/api/v3/userDataStream'))[1]['listenKey']
+        async with r.stream(ORDERS, query=f'?listenKey={key}') as (_, _, ws):
+            await asyncio.sleep(.3)
+            assert await r.code('PUT', '/api/v3/userDataStream', listenKey=key) == 200
+            await asyncio.sleep(.3)
+            assert not ws.closed
+            await asyncio.sleep(.4)
+            assert ws.closed
+        assert (await r.code('PUT', '/api/v3/userDataStream', listenKey=key))[1] == 730002
+        async with r.http.ws_connect(f'{r.e.ws_url}?listenKey={key}') as ws: assert (await ws.receive()).data == 'Invalid listen key'
+
+
+async def test_the_users_stream_is_the_users_own():
+    async with raw() as r:
+        keys = {k: (await r.ask('POST', '/api/v3/userDataStream', key=k))[1]['listenKey'] for k in (KEY, 'emulator-other')}
+        async with r.stream(ORDERS, MYDEALS, ACCOUNT, query=f'?listenKey={keys[KEY]}') as (mine, _, _), \
+                   r.stream(ORDERS, MYDEALS, ACCOUNT, query=f'?listenKey={keys["emulator-other"]}') as (others, _, _), r.stream(ORDERS) as (nobodys, acks, _):
+            await r.order(type='MARKET', price=None, quantity='0.01', newClientOrderId='z')
+            await asyncio.sleep(.1)
+            assert [f.channel for f in parsed(mine)] == [ORDERS, MYDEALS, ORDERS, ACCOUNT, ACCOUNT] and others == nobodys == [] and 'Not Subscribed' in acks[0]
+            order, deal = parsed(mine)[2].privateOrders, parsed(mine)[1].privateDeals
+            assert (order.clientId, order.status, order.cumulativeQuantity) == ('z', 2, '0.01') and float(deal.feeAmount) == pytest.approx(float(deal.amount) * .0005)
+
+
+@pytest.mark.parametrize('said', ['', 'hello', '[]', '{"method": 5}', '{"method":"SUBSCRIPTION","params":"x"}', '{"method":"SUBSCRIPTION","params":[7]}', '{"method":"SUBSCRIPTION"}'])
+async def test_nonsense_is_answered_and_survived(said):
+    async with raw() as r, r.http.ws_connect(r.e.ws_url) as ws:
+        await ws.send_str(said)
+        assert json.loads((await ws.receive()).data)['code'] == 0
+        await ws.send_json({'method': 'PING'})
+        assert json.loads((await ws.receive()).data)['msg'] == 'PONG'
+
+
+@pytest.mark.parametrize('path,params', [('klines', {'interval': '2m'}), ('klines', {'interval': '1m', 'startTime': 'x'}), ('klines', {'interval': '1m', 'startTime': 'inf'}), ('klines', {'interval': '1m', 'endTime': '1e30'}),
+                                         ('klines', {'interval': '1m', 'symbol': 'X'}), ('depth', {'limit': 'many'}), ('ticker/24hr', {'symbol': 'X'})])
+async def test_a_nonsense_question_is_a_400(path, params):
+    async with raw() as r: assert (await r.ask('GET', f'/api/v3/{path}', signed=False, **{'symbol': 'BTCUSDT', **params}))[0] == 400
+
+
+# ---- the market's clock and what it sends
+
+async def listen(minutes, **kw):
+    async with raw(**kw) as r, r.stream(DEALS, DEPTH, KLINE, DEALS.replace('BTC', 'ETH')) as (frames, _, _):
+        for _ in range(minutes): await r.step()
+        return list(frames), r.e.record()
+
+
+async def test_two_emulators_with_one_seed_send_the_same_frames():
+    (one, record), (two, _), (other, _) = [await listen(3, seed=s) for s in (3, 3, 4)]
+    assert one == two and one != other and len(one) == sum(r['frames'] for by in record.values() for r in by.values())
+
+
+async def test_a_step_ends_after_the_next_opening_trade_and_rebuilds_the_bar():
+    frames, record = await listen(3)
+    messages, btc = parsed(frames), HISTORIES['BTC/USDT']
+    times = [m.sendTime or m.createTime for m in messages]
+    assert times == sorted(times) and times[0] > NOW and NOW + 3 * MINUTE <= times[-1] <= NOW + 3 * MINUTE + 2000
+    deals = [d for m in messages if m.channel == DEALS for d in m.publicAggreDeals.deals]
+    for k in (1, 2):  # the opening trade of minute 0 was before we listened
+        minute = [Trade(d.time % MINUTE, float(d.price), float(d.quantity), d.tradeType == 1) for d in deals if d.time // MINUTE == NOW // MINUTE + k]
+        bar = btc.bar(btc.index_at(NOW + k * MINUTE))
+        assert bar_of(NOW + k * MINUTE, minute) == bar
+        last = [m.publicSpotKline for m in messages if m.channel == KLINE and m.publicSpotKline.windowStart == bar.time // 1000][-1]
+        assert [float(v) for v in (last.openingPrice, last.highestPrice, last.lowestPrice, last.closingPrice, last.volume)] == [bar.open, bar.high, bar.low, bar.close, bar.volume]
+    assert record['BTCUSDT'][DEALS]['trades'] == len(deals) and record['BTCUSDT'][KLINE]['bars'] == 4
+
+
+async def test_depth_frames_continue_the_snapshot_without_a_hole():
+    async with raw(balances={'USDT': 1_000_000}) as r, r.stream(DEPTH) as (frames, _, _):
+        await r.step()
+        snapshot = (await r.ask('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False))[1]
+        await r.order(type='MARKET', price=None, quantity='0.5')  # our own order moves the book too
+        await r.step(5)
+        final = (await r.ask('GET', '/api/v3/depth', symbol='BTCUSDT', signed=False))[1]
+    deltas = [m.publicAggreDepths for m in parsed(frames)]
+    assert all(int(b.fromVersion) == int(a.toVersion) + 1 for a, b in zip(deltas, deltas[1:], strict=False))
+    book = {side: dict(snapshot[side]) for side in ('bids', 'asks')}
+    for d in deltas:
+        if int(d.fromVersion) <= snapshot['lastUpdateId']: continue
+        for side in ('bids', 'asks'): book[side] |= {i.price: i.quantity for i in getattr(d, side)}
+    for side in ('bids', 'asks'): assert {p: a for p, a in book[side].items() if float(a)} == dict(final[side])
+    assert int(deltas[-1].toVersion) == final['lastUpdateId']
+    assert any(int(d.toVersion) > int(d.fromVersion) for d in deltas)  # the order took several levels at once
+
+
+async def test_closed_bars_are_final_and_the_future_is_not_told():
+    async with raw() as r:
+        ask = {'symbol': 'BTCUSDT', 'interval': '1m', 'startTime': NOW - MINUTE, 'endTime': NOW + DAY, 'signed': False}
+        await r.step()
+        first = (await r.ask('GET', '/api/v3/klines', **ask))[1]
+        assert first[-1][0] == NOW + MINUTE and len(first) == 3
+        await r.step(3)
+        assert (await r.ask('GET', '/api/v3/klines', **ask))[1][:2] == first[:2]
+
+
+async def test_a_page_has_at_most_500_bars():
+    async with raw() as r:
+        _, page = await r.ask('GET', '/api/v3/klines', symbol='BTCUSDT', interval='1m', startTime=START, endTime=NOW, limit=1000, signed=False)
+        assert len(page) == 500 and page[0][0] == START
+
+
+async def test_the_end_of_the_data_is_said():
+    async with raw(now=START + 2878 * MINUTE) as r:
+        assert (await r.step(2))[0] == 200
+        status, body = await r.step()
+        assert status == 409 and 'the data ends' in body['error'] and body['kind'] == 'Missing'
+
+
+async def test_a_running_clock_never_outruns_its_speed_and_stops_at_the_end():
+    async with raw(speed=600., now=START + 2868 * MINUTE) as r:
+        assert (await r.step())[0] == 409
+        began = time.monotonic()
+        await r.http.post(f'{r.e.url}/emulator/run')
+        while r.e.clock.running:
+            assert r.e.clock.now - (START + 2868 * MINUTE) <= (time.monotonic() - began) * 600_000 + 1
+            await asyncio.sleep(.02)
+        assert r.e.clock.now == r.e.tape.end and time.monotonic() - began >= 1.2
+
+
+async def test_a_clock_that_cannot_keep_up_waits():
+    async with raw(speed=100_000.) as r, r.stream(DEALS, DEPTH, KLINE) as (frames, _, _):
+        await r.http.post(f'{r.e.url}/emulator/run')
+        while r.e.clock.running and not r.e.clock.slowed: await asyncio.sleep(.02)  # noqa: ASYNC110
+        async with r.http.get(f'{r.e.url}/emulator/status') as s: status = await s.json()
+        assert status['slowed'] > 0 and 0 < status['reached'] < 100_000
+        await r.e.clock.pause()
+        deals = [d.time for m in parsed(frames) if m.channel == DEALS for d in m.publicAggreDeals.deals]
+        assert deals == [t.time for t in r.e.tape.ticks(NOW, deals[-1]) if t.symbol == 'BTC/USDT']  # late, never lost
+
+
+@pytest.mark.parametrize('kw,error', [({'histories': {}}, Missing), ({'now': START - MINUTE}, BadData), ({'speed': 0}, BadData), ({'speed': 'fast'}, BadData)])
+def test_a_wrong_emulator_is_not_built(kw, error):
+    with pytest.raises(error): Emulator(**{'histories': HISTORIES, **kw})
