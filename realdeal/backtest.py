@@ -145,11 +145,11 @@ def backtest(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataF
     hold = s.risk.capital * (t.close / t.open[0]).mean(1)
     return Result(t.times, cash, equity, hold, tuple(steps), figures(t.times, equity, fills, s.risk.capital))
 
-# %% ../nbs/19_backtest.ipynb #a0d69350
+# %% ../nbs/19_backtest.ipynb #052da2e7
 def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s: Settings, at_least: float = 0.05) -> dict[str, float]:
     """Accuracy of the sides taken, without ties, on rows with a label; `forward` (n,) log returns over the horizon.
 
-    base_rate: share of the more frequent direction among the same rows; persistence: accuracy of "the last horizon's direction
+    base_rate: share of the more frequent direction among all rows with a label; persistence: accuracy of "the last horizon's direction
     goes on"; net_bp: mean log return in the side's direction less a taker's round trip, in basis points.
     """
     side = np.array([{'long': 1, 'short': -1, 'flat': 0}[x.side] for x in signals])
@@ -164,7 +164,7 @@ def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s:
     return {
         'accuracy': share(right, said), 'accuracy_low': low, 'accuracy_high': high,
         'coverage': float(said.sum() / known.sum()), 'rows': float(said.sum()),
-        'base_rate': max(share(up, said), 1 - share(up, said)), 'persistence': share((last > 0) == up, said),
+        'base_rate': max(share(up, known), 1 - share(up, known)), 'persistence': share((last > 0) == up, said),
         'accuracy_all': share((prob > 0.5) == up, known & (prob != 0.5)),
         'net_bp': float((forward[said] * side[said]).mean() * 1e4 - s.costs.round_trip * 1e4) if said.any() else math.nan,
         'enough': float(said.sum() / known.sum() >= at_least),

@@ -356,16 +356,13 @@ def lights(kpis: Sequence[Kpi]) -> Piece:
     lines = [f'- {MARKS[k.status]} **{k.title}** {show(k.value, k.unit)}: {k.status}{f" ({k.note})" if k.note else ""}' for k in kpis]
     return Piece(f'<div class=kpis>{"".join(map(box, kpis))}</div>', '\n'.join(lines))
 
-# %% ../nbs/20_cards.ipynb #0bcda1c2
+# %% ../nbs/20_cards.ipynb #e2eb9999
 def doubt(score: Mapping[str, float | None]) -> str:
     "Why the accuracy is no evidence of skill; '' when it may be some."
     right, low, base = (score.get(k) for k in ('accuracy', 'accuracy_low', 'base_rate'))
     if right is None or low is None: return ''
-    # Where every side was the same the base rate is the accuracy itself, and only a coin is left to compare with.
-    coin = base is None or math.isclose(base, right)
-    rate = 0.5 if coin else base
-    if rate is None or low > rate: return ''
-    return f'The interval of the accuracy reaches down to {show(low, "fraction")}, and {"a coin" if coin else "the base rate"} is at {show(rate, "fraction")}: this is no evidence of skill.'
+    if base is None or low > base: return ''
+    return f'The interval of the accuracy reaches down to {show(low, "fraction")}, and the base rate is {show(base, "fraction")}: this is no evidence of skill.'
 
 def verdict(x: Shown, kpis: Sequence[Kpi]) -> str:
     "One paragraph of Markdown on a backtest."
@@ -382,18 +379,21 @@ def verdict(x: Shown, kpis: Sequence[Kpi]) -> str:
     n = {k: sum(i.status == k for i in kpis) for k in MARKS}
     return ' '.join([*said, f'Of {len(kpis)} targets {n["met"]} met, {n["missed"]} missed, {n["not measured"]} not measured.'])
 
-# %% ../nbs/20_cards.ipynb #571ed5fe
+# %% ../nbs/20_cards.ipynb #7e4fd9cb
 INK, MUTED, LINE, BLUE, GREY, RED, GREEN = '#1c2733', '#64748b', '#e2e8f0', '#0f5ea8', '#94a3b8', '#b42318', '#157f3b'
 
 def figure(height: float = 3.0, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
     "A figure of `height` inches with one chart below the other, sharing the horizontal axis."
+    from matplotlib import style
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5.6, height), layout='constrained')
-    axes = fig.subplots(len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={'height_ratios': list(ratios)})[:, 0].tolist()
+    with style.context('default'):
+        fig = Figure(figsize=(5.6, height), layout='constrained')
+        axes = fig.subplots(len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={'height_ratios': list(ratios)})[:, 0].tolist()
     for ax in axes:
         ax.spines[['top', 'right', 'left']].set_visible(False)
         ax.spines['bottom'].set_color(LINE)
         ax.tick_params(labelsize=8.5, length=0, colors=MUTED)
+        ax.grid(False, axis='x')
         ax.grid(axis='y', color=LINE, linewidth=0.8)
         ax.set_axisbelow(True)
     return fig, axes
@@ -413,9 +413,13 @@ def dates(ax: Axes) -> None:
 
 def picture(fig: Figure, alt: str) -> Piece:
     "The figure as an image inside the page; `alt` says in words what it shows."
-    import matplotlib
+    from matplotlib import rcParams, style
+    from matplotlib.text import Text
     content = io.StringIO()
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'realdeal'}): fig.savefig(content, format='svg', dpi=200, metadata={'Date': None, 'Creator': None})
+    for x in fig.findobj(Text): x.set_fontfamily('sans-serif')
+    with style.context('default'):
+        rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': 'realdeal'})
+        fig.savefig(content, format='svg', dpi=200, metadata={'Date': None, 'Creator': None})
     svg = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", FONT, content.getvalue())
     data = base64.b64encode(svg.encode()).decode()
     return Piece(f'<figure><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}"><figcaption>{escape(alt)}</figcaption></figure>', f'*{alt}*')
@@ -474,7 +478,7 @@ def check_offline(page: str, where: str) -> str:
     if len(page.encode()) >= MAX_PAGE: raise Stop(f'{where}: the page has {len(page.encode()) / 1e6:.1f} MB, {MAX_PAGE / 1e6:.0f} are allowed')
     return page
 
-# %% ../nbs/20_cards.ipynb #f7ee58b0
+# %% ../nbs/20_cards.ipynb #8c4d1ca6
 def _run(template: Path, parameters: Mapping[str, Any], home: Path) -> NotebookNode:
     "The executed notebook, or one Stop that names the report and the cause."
     import papermill as pm
@@ -497,17 +501,16 @@ def _stamped(nb: NotebookNode, source: Source, where: str) -> None:
     if said != {source}: raise Refused(f'{where}: it shows {" and ".join(sorted(said)) or "unstamped"} results, not {source} ones; nothing was written')
 
 def _shown_only(nb: NotebookNode) -> NotebookNode:
-    "`nb` without code to read, warnings and unknown kinds of output."
-    for c in nb.cells: c['outputs'] = [o for o in c.get('outputs', []) if o.get('name') != 'stderr'] if c.cell_type == 'code' else c.get('outputs')
+    "`nb` without warnings, and without the cells that show nothing."
     for c in nb.cells:
-        if c['outputs'] is None: del c['outputs']
+        if c.cell_type == 'code': c['outputs'] = [o for o in c.outputs if o.get('name') != 'stderr']
+    nb['cells'] = [c for c in nb.cells if c.cell_type != 'code' or c.outputs]
     return nb
 
 def _page(nb: NotebookNode, title: str) -> str:
     "One HTML page."
     from nbconvert import HTMLExporter
     body, _ = HTMLExporter(template_name='basic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, anchor_link_text='').from_notebook_node(nb)
-    body = re.sub(r' id="cell-id=[^"]*"', '', body)    # papermill gives its own cell a random one
     body = re.sub(r'(?<=\d) (?=%|bp\b|ms\b)', '\u00a0', body)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n')

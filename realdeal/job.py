@@ -166,7 +166,7 @@ def provenance_of(job: Job, start: int, end: int, trials: int = 0) -> Provenance
     return Provenance(source=k.source, venue=k.venue, market=k.market, symbols=job.s.data.symbols, start=start, end=end, data_hash=job.store.data_hash(job.s.data.symbols, start, end),
         settings_hash=job.s.hash, seed=job.s.run.seed, commit=code_version(job.s.home), trials=trials, derived=derived)
 
-# %% ../nbs/23_job.ipynb #cce3e931
+# %% ../nbs/23_job.ipynb #581ff6aa
 def train(job: Job) -> None:
     "Train LightGBM, the TFT and their blend, and save them with their manifest."
     import lightgbm
@@ -184,14 +184,14 @@ def train(job: Job) -> None:
     job.say('TFT')
     masks = {n: b.mask(n, p.times) & p.real for n in ('train', 'stop', 'select', 'calibrate')}
     m = fit_tft(p.X, y, p.times, p.group, p.names, KNOWN, train=masks['train'], stop=masks['stop'], steps=s.model.encoder_steps, every_ms=STEP, hidden_size=s.model.hidden_size,
-        max_epochs=s.model.max_epochs, patience=s.model.patience, batch_size=s.model.batch_size, seed=s.run.seed, checkpoint_dir=work / 'tft', say=job.say)
+        max_epochs=s.model.max_epochs, patience=s.model.patience, batch_size=s.model.batch_size, learning_rate=s.model.learning_rate, dropout=s.model.dropout, seed=s.run.seed, checkpoint_dir=work / 'tft', say=job.say)
 
     files = {'best_lgbm.pkl': lgbm_bytes(r, origin.model_dump(mode='json')), 'best_tft.pt': save_pt(m, origin.model_dump(mode='json')), 'best_tft.onnx': export_onnx(m)}
     members: tuple[Member, ...] = (LgbmMember(files['best_lgbm.pkl']), TftMember(files['best_tft.onnx']))
     rows = np.flatnonzero(masks['calibrate'])
     probs = np.column_stack([x.prob(p, rows) for x in members])
     blend = fit_blend(tuple(x.name for x in members), probs, y[rows], s.strategy.coverage)
-    job.say(f'blend: slope {blend.slope:.2f}, silent below confidence {blend.threshold:.3f}')
+    job.say('blend: ' + ', '.join(f'{m} {w:.2f}' for m, w in zip(blend.members, blend.weights, strict=True)) + f'; silent below confidence {blend.threshold:.3f}')
     save_models(job.places.models, {**files, BLEND: blend_bytes(blend)}, origin)
 
     select = np.flatnonzero(masks['select'])

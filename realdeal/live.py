@@ -190,7 +190,7 @@ class Runner:
         return {'decisions': self.made, 'missed': self.missed, 'uptime': self.made / max(1, self.made + self.missed), 'orders': len(orders),
             'failed_orders': orders.count('rejected') + orders.count('unknown'), 'fills': len(self.journal.rows('fills')), 'ledger': entry}
 
-# %% ../nbs/22_live.ipynb #416858f6
+# %% ../nbs/22_live.ipynb #8794f1fe
 async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) -> None:
     "Run until `stop` is set or market time reaches `until` (ms)."
     while not stop.is_set() and (until is None or r.venue.clock.now() < until):
@@ -217,7 +217,7 @@ async def ask(control: aiohttp.ClientSession, method: str, path: str) -> dict[st
     "The emulator's answer to a control request."
     async with control.request(method, path) as answer:
         told: dict[str, Any] = await answer.json()
-        if answer.status != 200: raise Stop(f'the emulator refused {path}: {told.get("msg", told)}')
+        if answer.status != 200: raise Stop(f'the emulator refused {path}: {told.get("error", told)}')
         return told
 
 async def _arrived(r: Runner, frames: int) -> None:

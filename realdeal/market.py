@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 # %% auto #0
 __all__ = ['Floats', 'Ints', 'TICK', 'LOT', 'TRAITS', 'PLANTED', 'LEADER', 'FOLLOWS', 'LAGS', 'DRIFT', 'DRIFT_LIFE', 'Kind',
-           'PATHS', 'HALTS_PER_DAY', 'FUNDING_EVERY', 'Row', 'Candles', 'stream', 'slow', 'Traits', 'traits', 'Path',
+           'PATHS', 'HALTS_PER_DAY', 'FUNDING_EVERY', 'Row', 'Candles', 'stream', 'slow', 'Traits', 'traits', 'Walk',
            'volatility', 'null_path', 'planted_path', 'shocks', 'rhythm', 'realistic_path', 'rounded', 'candles_of',
            'open_minutes', 'generate', 'Funding', 'funding', 'Trade', 'trades_of', 'bar_of', 'Tick', 'Tape', 'fold',
            'bars_at', 'trades_at']
@@ -88,7 +88,7 @@ def slow(rng: np.random.Generator, n: int, half_life: float) -> Floats:
     e[:1] /= b
     return np.asarray(lfilter([b], [1, -a], e))
 
-# %% ../nbs/04_market.ipynb #00978b29
+# %% ../nbs/04_market.ipynb #a7e2dcaa
 TICK = 0.01   # quote
 LOT = 1e-8    # base; the finest amount of a public trade
 
@@ -102,7 +102,7 @@ TRAITS: Mapping[str, Traits] = {'BTC/USDT': Traits(60_000., .45, 12.), 'ETH/USDT
 
 def traits(symbol: str) -> Traits: return TRAITS.get(symbol, Traits(100., .80, 2_000.))
 
-class Path(NamedTuple):
+class Walk(NamedTuple):
     "Log return of each minute, its standard deviation before the draw, and how busy the minute is (1 is usual); each (n,)."
     returns: Floats
     sigma: Floats
@@ -113,21 +113,21 @@ def volatility(symbol: str, n: int, seed: int, own: str = 'vol') -> Floats:
     h = .35 * slow(stream(seed, symbol, own, 'hours'), n, 240) + .25 * slow(stream(seed, symbol, own, 'minutes'), n, 15)
     return traits(symbol).vol / np.sqrt(365 * 1440) * np.exp(h - (.35 ** 2 + .25 ** 2))  # so that the mean square is right
 
-# %% ../nbs/04_market.ipynb #668cae53
+# %% ../nbs/04_market.ipynb #f1d50fe6
 PLANTED = 0.58
 
-def null_path(symbol: str, start: int, n: int, seed: int) -> Path:
+def null_path(symbol: str, start: int, n: int, seed: int) -> Walk:
     "A martingale with stochastic volatility."
     sigma = volatility(symbol, n, seed)
-    return Path(sigma * stream(seed, symbol, 'shock').standard_normal(n) - sigma ** 2 / 2, sigma, np.ones(n))
+    return Walk(sigma * stream(seed, symbol, 'shock').standard_normal(n) - sigma ** 2 / 2, sigma, np.ones(n))
 
-def planted_path(symbol: str, start: int, n: int, seed: int) -> Path:
+def planted_path(symbol: str, start: int, n: int, seed: int) -> Walk:
     "As `null_path`, but signs repeat with probability `PLANTED`."
     sigma = volatility(symbol, n, seed)
     signs = np.cumprod(np.where(stream(seed, symbol, 'sign').random(n) < PLANTED, 1., -1.))
-    return Path(sigma * np.abs(stream(seed, symbol, 'shock').standard_normal(n)) * signs, sigma, np.ones(n))
+    return Walk(sigma * np.abs(stream(seed, symbol, 'shock').standard_normal(n)) * signs, sigma, np.ones(n))
 
-# %% ../nbs/04_market.ipynb #7e028995
+# %% ../nbs/04_market.ipynb #edccca25
 LEADER = 'BTC/USDT'
 FOLLOWS, LAGS = .60, .12   # correlation of a follower with the leader's shock of this minute, and of the minute before
 DRIFT, DRIFT_LIFE = .020, 480   # of the minute's sigma; half-life in minutes
@@ -141,7 +141,7 @@ def rhythm(start: int, n: int) -> Floats:
     hours = (start // MINUTE + np.arange(n)) % 1440 / 60
     return 1 + .30 * np.cos((hours - 15) / 24 * 2 * np.pi) + .10 * np.cos((hours - 2) / 12 * 2 * np.pi)
 
-def realistic_path(symbol: str, start: int, n: int, seed: int) -> Path:
+def realistic_path(symbol: str, start: int, n: int, seed: int) -> Walk:
     "Clusters, fat tails, daily rhythm, a leader, a slow and weak drift."
     busy = rhythm(start, n)
     sigma = volatility(symbol, n, seed) * busy / np.sqrt(np.mean(rhythm(0, 1440) ** 2))
@@ -150,15 +150,15 @@ def realistic_path(symbol: str, start: int, n: int, seed: int) -> Path:
         lead = shocks(LEADER, n, seed)
         z = FOLLOWS * lead + LAGS * np.concatenate(([0.], lead[:-1])) + np.sqrt(1 - FOLLOWS ** 2 - LAGS ** 2) * z
     drift = (slow(stream(seed, 'all', 'drift'), n, DRIFT_LIFE) + slow(stream(seed, symbol, 'drift'), n, DRIFT_LIFE)) / np.sqrt(2)
-    return Path(sigma * (z + DRIFT * drift) - sigma ** 2 / 2, sigma, busy ** 2)
+    return Walk(sigma * (z + DRIFT * drift) - sigma ** 2 / 2, sigma, busy ** 2)
 
 Kind = Literal['null', 'planted', 'realistic']
-PATHS: Mapping[str, Callable[[str, int, int, int], Path]] = {'null': null_path, 'planted': planted_path, 'realistic': realistic_path}
+PATHS: Mapping[str, Callable[[str, int, int, int], Walk]] = {'null': null_path, 'planted': planted_path, 'realistic': realistic_path}
 
-# %% ../nbs/04_market.ipynb #9f5c23a0
+# %% ../nbs/04_market.ipynb #3a3dad72
 def rounded(log_price: Floats) -> Floats: return np.maximum(np.round(np.exp(log_price), 2), TICK)
 
-def candles_of(symbol: str, start: int, path: Path, seed: int) -> Candles:
+def candles_of(symbol: str, start: int, path: Walk, seed: int) -> Candles:
     "`path` as candles from `start` (ms), prices on the tick."
     n, first = len(path.returns), traits(symbol)
     close = np.log(first.price) + np.cumsum(path.returns)
@@ -211,7 +211,7 @@ def funding(symbol: str, start: int, minutes: int, seed: int) -> Funding:
     rates = 1e-4 + 1e-4 * slow(stream(seed, symbol, 'funding'), len(times), 9)
     return Funding(symbol, times, np.round(rates, 6))
 
-# %% ../nbs/04_market.ipynb #e204bd29
+# %% ../nbs/04_market.ipynb #ca66ec52
 class Trade(NamedTuple):
     "`offset` ms into the minute; `price` in quote, `amount` in base; who crossed the spread."
     offset: int
@@ -238,7 +238,7 @@ def trades_of(candles: Candles, i: int, seed: int) -> list[Trade]:
     offsets = np.concatenate(([0], np.sort(rng.choice(MINUTE - 1, n - 1, replace=False) + 1)))
     move = np.diff(prices, prepend=prices[0])
     buys = np.where(move == 0, rng.random(n) < .5, move > 0)
-    return [Trade(*t) for t in zip(offsets.tolist(), prices.tolist(), np.round(sizes * LOT, 8).tolist(), buys.tolist())]
+    return [Trade(*t) for t in zip(offsets.tolist(), prices.tolist(), np.round(sizes * LOT, 8).tolist(), buys.tolist(), strict=True)]
 
 def bar_of(time: int, trades: Iterable[Trade]) -> Bar | None:
     "The candle that `trades` of the minute at `time` make, None when there are none."

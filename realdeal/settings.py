@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #704f800c
+# %% ../nbs/02_settings.ipynb #8fc869b0
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -82,6 +82,8 @@ class Model(Section):
     max_epochs: Count = 20
     patience: Count = 5
     batch_size: Count = 256
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.0005
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
 
 class Live(Section):
     stage: Literal['paper', 'testnet', 'live'] = 'paper'

@@ -7,7 +7,7 @@ from ccxt.protobuf.mexc.PushDataV3ApiWrapper_pb2 import PushDataV3ApiWrapper
 from realdeal.emulator import Emulator, Limits, client_options, secret_of, serve, sign
 from realdeal.market import Candles, Trade, bar_of, generate
 from realdeal.types import DAY, MINUTE, BadData, MarketRules, Missing
-from realdeal.venue import BookShape
+from realdeal.venue import BookShape, Fees, NewOrder, Venue, VenueError, exact
 
 START = 1_735_689_600_000
 NOW = START + DAY
@@ -385,3 +385,64 @@ async def test_a_clock_that_cannot_keep_up_waits():
 @pytest.mark.parametrize('kw,error', [({'histories': {}}, Missing), ({'now': START - MINUTE}, BadData), ({'speed': 0}, BadData), ({'speed': 'fast'}, BadData)])
 def test_a_wrong_emulator_is_not_built(kw, error):
     with pytest.raises(error): Emulator(**{'histories': HISTORIES, **kw})
+
+
+async def test_the_running_bar_holds_only_what_was_traded():
+    async with raw() as r:
+        await r.step()
+        _, (row,) = await r.ask('GET', '/api/v3/klines', symbol='BTCUSDT', interval='1m', limit=1, signed=False)
+        done = [t for t in r.e.tape.minute('BTC/USDT', r.e.clock.now) if t.time <= r.e.clock.now]
+        assert float(row[5]) == pytest.approx(sum(t.amount for t in done)) and float(row[5]) < HISTORIES['BTC/USDT'].bar(HISTORIES['BTC/USDT'].index_at(row[0])).volume
+        assert [float(row[k]) for k in (1, 2, 3, 4)] == [done[0].price, max(t.price for t in done), min(t.price for t in done), done[-1].price]
+
+
+async def test_a_maker_gets_no_more_than_was_traded_and_hears_of_it():
+    thin = steps(60_000, 59_000, 59_000, 59_000)
+    thin = {'BTC/USDT': Candles('BTC/USDT', *thin['BTC/USDT'].columns[:5], np.full(4, .05))}
+    async with raw(histories=thin, now=START, balances={'USDT': 100_000}) as r:
+        key = (await r.ask('POST', '/api/v3/userDataStream'))[1]['listenKey']
+        async with r.stream(ORDERS, MYDEALS, query=f'?listenKey={key}') as (frames, _, _):
+            _, placed = await r.order(price='59500', quantity='1')
+            await r.step(2)
+            _, order = await r.ask('GET', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId'])
+            traded = sum(t.amount for t in r.e.tape.ticks(START, r.e.clock.now))
+            assert order['status'] == 'PARTIALLY_FILLED' and .04 < float(order['executedQty']) <= traded
+            deals = [m.privateDeals for m in parsed(frames) if m.channel == MYDEALS]
+            assert sum(float(d.quantity) for d in deals) == pytest.approx(float(order['executedQty'])) and all(d.isMaker and d.price == '59500' for d in deals)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_no_money_appears_or_vanishes(seed):
+    "Random orders against a random walk: balances are the opening plus the deals, and what is locked belongs to open orders, to the last digit."
+    rng, rules = np.random.default_rng(seed), MarketRules('BTC/USDT', 1e-6, .01, 5.)
+    v = Venue({'BTC/USDT': rules}, {'USDT': 5_000, 'BTC': '0.1'}, Fees(maker=.0002, taker=.0005), BookShape(level_quote=500.), seed)
+    price, refused = 60_000., 0
+    for t in range(600):
+        price = round(price * float(np.exp(rng.normal(0, .0005))), 2)
+        v.trade('BTC/USDT', t, price, round(float(rng.exponential(.01)), 6))
+        kind = str(rng.choice(['LIMIT', 'LIMIT_MAKER', 'MARKET', 'IMMEDIATE_OR_CANCEL', 'FILL_OR_KILL']))
+        at = None if kind == 'MARKET' else exact(round(price * (1 + float(rng.normal(0, .001))), 2))
+        by_cost = kind == 'MARKET' and rng.random() < .5
+        amount = None if by_cost else exact(round(float(rng.exponential(.02)), 6))
+        try: v.place('a', NewOrder('BTC/USDT', str(rng.choice(['BUY', 'SELL'])), kind, amount, at, exact(round(float(rng.exponential(500)), 2)) if by_cost else None), t)
+        except VenueError: refused += 1
+        if rng.random() < .3 and (mine := v.open_orders('a')): v.cancel('a', 'BTC/USDT', t, mine[int(rng.integers(len(mine)))].id)
+        if t % 20: continue
+        usdt, btc = v.ledger.balance('a', 'USDT'), v.ledger.balance('a', 'BTC')
+        signed = [(1 if d.side == 'BUY' else -1, d) for d in v.deals]
+        assert sum(usdt) == 5_000 - sum(k * d.price * d.amount + d.fee for k, d in signed) and sum(btc) == exact('0.1') + sum(k * d.amount for k, d in signed)
+        assert usdt.locked == sum(o.locked for o in v.open_orders('a') if o.is_buy) and btc.locked == sum(o.locked for o in v.open_orders('a') if not o.is_buy)
+        assert min(*usdt, *btc) >= 0 and all(o.filled <= o.amount for o in v.orders.values() if o.request.cost is None)
+    assert len(v.deals) > 50 and refused > 10 and any(d.is_maker for d in v.deals)
+
+
+async def test_during_a_halt_no_order_is_taken_but_one_can_be_cancelled():
+    flat = steps(60_000, 60_000, 60_000, 60_000)['BTC/USDT']
+    halted = {'BTC/USDT': flat.take(np.array([True, False, True, True]))}  # minute 1 is missing
+    async with raw(histories=halted, now=START) as r:
+        _, placed = await r.order()
+        await r.step()
+        assert (await r.order())[1]['code'] == 30000
+        assert await r.code('DELETE', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId']) == 200
+        await r.step()
+        assert (await r.order())[0] == 200
