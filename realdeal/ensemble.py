@@ -53,7 +53,7 @@ def read_verified(folder: Path, name: str) -> tuple[bytes, Provenance]:
     except FileNotFoundError: raise Missing(f'{folder / name}: no such model; train it with `realdeal run` or `realdeal train`') from None
     return content, manifest.check(name, content)
 
-# %% ../nbs/14_ensemble.ipynb #a0d4391e
+# %% ../nbs/14_ensemble.ipynb #c5782200
 class Member(Protocol):
     name: str
     def prob(self, p: Panel, rows: np.ndarray) -> np.ndarray:
@@ -91,13 +91,16 @@ class TftMember:
         self._known_at = [self.names.index(k) for k in self.known]
 
     def prob(self, p: Panel, rows: np.ndarray) -> np.ndarray:
-        X = np.clip((p.X[:, _columns(p, self.names)] - self._mean) / self._std, -self._clip, self._clip).astype(np.float32)
+        first = max(0, int(rows.min()) - self.steps + 1) if len(rows) else 0
+        window = p.X[first:int(rows.max()) + 1 if len(rows) else 0, _columns(p, self.names)]
+        X = np.clip((window - self._mean) / self._std, -self._clip, self._clip).astype(np.float32)
         ok = np.isfinite(X).all(1)
         out = np.full(len(rows), np.nan)
         for i, t in enumerate(rows):
             a = t - self.steps + 1
-            if a < 0 or p.group[a] != p.group[t] or p.times[t] - p.times[a] != (self.steps - 1) * self._every or not ok[a:t + 1].all(): continue
-            logits = self._session.run(None, {'encoder': X[None, a:t + 1], 'decoder': X[None, t:t + 1, self._known_at]})[0][0]
+            if a < 0 or p.group[a] != p.group[t] or p.times[t] - p.times[a] != (self.steps - 1) * self._every or not ok[a - first:t - first + 1].all(): continue
+            seen = X[None, a - first:t - first + 1]
+            logits = self._session.run(None, {'encoder': seen, 'decoder': seen[:, -1:, self._known_at]})[0][0]
             out[i] = 1 / (1 + np.exp(float(logits[0]) - float(logits[1])))
         return out
 

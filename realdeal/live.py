@@ -91,14 +91,14 @@ def inputs_of(snap: Snapshot, p: Panel, rows: Sequence[int], **more: Any) -> dic
     "What a decision saw, as JSON: snapshot and features (None for nan)."
     return {'snapshot': as_dict(snap), 'features': {p.symbols[p.group[r]]: [None if x != x else float(x) for x in p.X[r]] for r in rows}, **more}
 
-# %% ../nbs/22_live.ipynb #0004764c
+# %% ../nbs/22_live.ipynb #79df6624
 class Runner:
     "One runner on one venue, store, journal and predictor."
     def __init__(self, s: Settings, venue: Exchange, store: Store, journal: Journal, predictor: EnsemblePredictor, say: Callable[[str], None] = print):
         self.s, self.venue, self.store, self.journal, self.predictor, self.say = s, venue, store, journal, predictor, say
         self.feed = Feed(s.data.symbols, s.data.close_grace_ms)
         self.memory = remember(journal, s.risk.capital)
-        self.desk = Desk(journal, open_broker(venue, self.bar_at, s.costs, s.live), self.memory, say)
+        self.desk = Desk(journal, open_broker(venue, self.bar_at, s), self.memory, say)
         self.rules: dict[str, MarketRules] = {}
         self.every = s.strategy.decision_every * MINUTE
         self.window = WARMUP_MINUTES * MINUTE + predictor.history_rows * STEP     # ms of history that a prediction reads

@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #8fc869b0
+# %% ../nbs/02_settings.ipynb #56a09879
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -35,7 +35,6 @@ class Data(Section):
     timeframe: Literal['1m'] = '1m'
     rate_limit_ms: Annotated[int, Field(ge=1)] = 25
     close_grace_ms: Annotated[int, Field(ge=0)] = 2000
-    stale_after_ms: Count = 120_000
 
     @field_validator('symbols')
     @classmethod
@@ -80,7 +79,7 @@ class Model(Section):
     encoder_steps: Annotated[int, Field(ge=4, le=512)] = 32
     hidden_size: Annotated[int, Field(ge=4, le=256)] = 16
     max_epochs: Count = 20
-    patience: Count = 5
+    patience: Count = 3
     batch_size: Count = 256
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.0005
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3

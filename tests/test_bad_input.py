@@ -1,0 +1,138 @@
+"""Bad input ends with one clear sentence and an exit code: no traceback, nothing half-written."""
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import Demo, realdeal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realdeal.store import CANDLES, Store, StoreKey, check_candles
+from realdeal.types import MINUTE, BadData
+
+T0 = 1_704_067_200_000
+GOOD = [(T0 + i * MINUTE, 100.0, 101.0, 99.0, 100.5, 1.0) for i in range(5)]
+COLUMNS = ("time", "open", "high", "low", "close", "volume")
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == code, said
+    assert "Traceback" not in said
+    for w in words: assert w in said, said
+
+
+@pytest.mark.parametrize(
+    ("row", "values", "rule"),
+    [
+        (2, (T0 + MINUTE, 100.0, 101.0, 99.0, 100.0, 1.0), "row 2: the time is a duplicate"),
+        (2, (T0, 100.0, 101.0, 99.0, 100.0, 1.0), "rows must be sorted"),
+        (1, (T0 + MINUTE, 100.0, 101.0, -99.0, 100.0, 1.0), "row 1: a price is not above 0"),
+        (3, (T0 + 3 * MINUTE, 100.0, 101.0, 99.0, float("nan"), 1.0), "row 3: a value is missing or not finite"),
+        (3, (T0 + 3 * MINUTE, 100.0, 100.2, 99.0, 100.5, 1.0), "row 3: high is not the highest"),
+        (4, (T0 + 4 * MINUTE, 100.0, 101.0, 99.0, 100.5, -1.0), "row 4: the volume is negative"),
+        (4, (T0 + 4 * MINUTE + 1, 100.0, 101.0, 99.0, 100.5, 1.0), "not on a whole minute"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_candle_file(home: Path, row: int, values: tuple[float, ...], rule: str, suffix: str) -> None:
+    rows = [*GOOD[:row], values, *GOOD[row + 1 :]]
+    df = pl.DataFrame(rows, schema=COLUMNS, orient="row")
+    file = home / f"mine{suffix}"
+    df.write_csv(file) if suffix == ".csv" else df.write_parquet(file)
+    refused(realdeal("import", file.name, "--symbol", "BTC/USDT", home=home), 65, file.name, rule)
+    assert not list(home.glob("data/**/*.parquet")), "nothing was written"
+
+
+def test_good_candle_file(home: Path) -> None:
+    pl.DataFrame(GOOD, schema=COLUMNS, orient="row").write_csv(home / "mine.csv")
+    done = realdeal("import", "mine.csv", "--symbol", "BTC/USDT", home=home)
+    assert done.returncode == 0 and "5 of them new" in done.stdout
+    store = Store(home / "data/store", StoreKey(source="recorded", venue="binance", market="spot"))
+    assert store.read("BTC/USDT", T0, T0 + 10 * MINUTE).height == 5
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), *[st.floats(allow_nan=True, allow_infinity=True)] * 5), max_size=6))
+def test_candles_from_anywhere(rows: list[tuple[float, ...]]) -> None:
+    """Whatever comes in is either clean, by the rules said again here, or refused."""
+    df = pl.DataFrame([(t * MINUTE, *r, "venue") for t, *r in rows], schema=CANDLES, orient="row")
+    try: ok = check_candles(df, "anywhere")
+    except BadData: return
+    times = ok["time"].to_list()
+    assert times == sorted(set(times))
+    for _, o, h, low, c, v, _ in ok.iter_rows(): assert 0 < low <= min(o, c) <= max(o, c) <= h < float("inf") and 0 <= v < float("inf")
+
+
+def test_unknown_symbol(home: Path) -> None:
+    ini = home / "settings.ini"
+    ini.write_text(ini.read_text().replace("symbols = BTC/USDT, ETH/USDT", "symbols = BTC/USDT, NOPE"))
+    refused(realdeal("ingest", "--source", "simulated", home=home), 78, "symbol 'NOPE'", "BASE/QUOTE")
+
+
+def test_wrong_key(home: Path) -> None:
+    ini = home / "settings.ini"
+    ini.write_text(ini.read_text().replace("max_drawdown =", "max_drawdwon ="))
+    refused(realdeal("demo", home=home), 78, "settings.ini: [risk] max_drawdwon", "no such key")
+
+
+def test_wrong_environment(home: Path) -> None:
+    refused(realdeal("demo", home=home, REALDEAL_LIVE_STAGE="live"), 78, "settings.ini only")
+    refused(realdeal("demo", home=home, REALDEAL_RISK_MAX_DRAWDOWN="0.4"), 78, "tightened")
+
+
+def test_no_settings(tmp_path: Path) -> None:
+    refused(realdeal("kpi", home=tmp_path), 78, "settings.ini: not found")
+
+
+def test_no_emulator_answers(demo: Demo) -> None:
+    refused(realdeal("live", "--emulator", "http://127.0.0.1:9", home=demo.home), 75, "no emulator answers at http://127.0.0.1:9")
+
+
+def test_missing_model(home: Path) -> None:
+    refused(realdeal("live", home=home), 66, "no manifest.json", "train them")
+
+
+def test_missing_recorded_data(home: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "REALDEAL_DATA"}
+    done = subprocess.run([sys.executable, "-m", "realdeal", "run", "--source", "recorded"], cwd=home, env=env, capture_output=True, text=True, timeout=120)
+    refused(done, 66, "set REALDEAL_DATA")
+
+
+def test_damaged_model(demo: Demo, tmp_path: Path) -> None:
+    import shutil
+
+    from realdeal.ensemble import load_predictor
+
+    models = shutil.copytree(demo.data / "models", tmp_path / "models")
+    blob = bytearray((models / "best_lgbm.pkl").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (models / "best_lgbm.pkl").write_bytes(blob)
+    with pytest.raises(BadData, match=r"best_lgbm.pkl: its SHA-256 differs"): load_predictor(models)
+
+
+def test_simulated_model_never_reaches_a_real_venue(demo: Demo, home: Path) -> None:
+    import shutil
+
+    shutil.copytree(demo.data / "models", home / "data/models")
+    refused(realdeal("live", home=home), 77, "trained on a simulated market")
+
+
+def test_full_disk(home: Path) -> None:
+    """A write that the disk refuses ends in one sentence and leaves neither a part nor a temporary file."""
+    volumes = np.random.default_rng(0).random(40_000)
+    rows = [(T0 + i * MINUTE, 100.0, 120.0, 90.0, 100.5, float(v)) for i, v in enumerate(volumes)]
+    pl.DataFrame(rows, schema=COLUMNS, orient="row").write_parquet(home / "big.parquet")
+
+    def small() -> None: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    code = "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = ['realdeal', 'import', 'big.parquet', '--symbol', 'BTC/USDT']; from realdeal.cli import main; main()"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=home, capture_output=True, text=True, preexec_fn=small, timeout=120)
+    refused(done, 70, "cannot be written", "nothing was changed")
+    assert [f for f in home.glob("data/**/*") if f.is_file() and f.name != ".lock"] == []

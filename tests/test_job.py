@@ -1,0 +1,133 @@
+"""The main job: repairs itself after a kill, does nothing twice, keeps its places."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import DEMO, Demo, realdeal
+
+from realdeal.cards import load_result
+from realdeal.ensemble import load_predictor, read_manifest
+from realdeal.job import Job, job_blocks, read_panel
+from realdeal.provenance import Manifest
+from realdeal.settings import read_settings
+from realdeal.types import DAY, MINUTE, Refused
+
+
+def test_goes_on_after_a_kill(demo: Demo) -> None:
+    assert "done in" not in demo.killed, "it was killed before its first step was done"
+    assert "candles: all there before" in demo.resumed and "study goes on after" in demo.resumed
+    assert all(f"{step}: done in" in demo.resumed for step in ("train", "paper", "backtest", "reports"))
+
+
+def test_twice_does_nothing(demo: Demo) -> None:
+    before = {p: p.read_bytes() for p in demo.reports.rglob("*") if p.is_file()}
+    again = realdeal(*DEMO, home=demo.home)
+    assert again.returncode == 0
+    assert [line for line in again.stdout.splitlines() if "done in" in line] == []
+    assert sum("done before" in line for line in again.stdout.splitlines()) == 4
+    assert {p: p.read_bytes() for p in demo.reports.rglob("*") if p.is_file()} == before
+
+
+def test_outputs_by_name(demo: Demo) -> None:
+    for name in ("backtests/10d_BTCUSDT.html", "backtests/10d_ETHUSDT.html", "model_cards/lgbm.html", "model_cards/tft.html", "kpi.json", "KPI.md"): assert (demo.reports / name).is_file(), name
+    for name in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", "ensemble.json", "manifest.json"): assert (demo.data / "models" / name).is_file(), name
+    assert {p.name for p in (demo.home / "reports").iterdir()} == {"demo"} and {p.name for p in (demo.home / "data").iterdir()} == {"demo"}, "a simulated result stays in its place"
+
+
+def test_everything_carries_its_provenance(demo: Demo) -> None:
+    board = json.loads((demo.reports / "kpi.json").read_text())
+    assert {k["status"] for n, k in board["kpis"].items() if n != "latency_p95"} == {"not measured"}
+    assert board["rehearsal"]["uptime"] == 1 and board["rehearsal"]["parity_differences"] == 0 and board["rehearsal"]["failed_orders"] == 0
+    for entry in Manifest.parse((demo.data / "models/manifest.json").read_text()).files.values():
+        assert entry.provenance.source == "simulated" and entry.provenance.market == "realistic-7"
+        assert entry.provenance.end == job_blocks(demo.job).edges["test"][0], "trained on nothing of the test block"
+    for page in demo.reports.rglob("*.html"): assert "SIMULATED" in page.read_text(), page.name
+    assert load_result(demo.data / "results", "portfolio").provenance.start == job_blocks(demo.job).edges["test"][0]
+
+
+def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None:
+    """Train again on a store whose test block is another market: the same models, byte for byte but for the provenance's commit."""
+    from dataclasses import replace
+
+    from realdeal import job as jobs
+    from realdeal.store import Store
+
+    job = demo.job
+    first, end = job.span()
+    cut = job_blocks(job).edges["test"][0]
+    s = job.s.override(paths={"data": str(tmp_path / "data"), "reports": str(tmp_path / "reports")})
+    other = replace(job, s=s)
+    for x in s.data.symbols:
+        df = job.store.read(x, first, end)
+        factor = np.where(df["time"].to_numpy() >= cut, 1.5, 1.0)
+        Store(other.places.store, other.key).write(x, df.with_columns(*[pl.col(c) * factor for c in ("open", "high", "low", "close")]))
+        Store(other.places.store, other.key).write_funding(x, job.store.read_funding(x, first, end))
+    jobs.train(other)
+    a, b = load_predictor(job.places.models), load_predictor(other.places.models)
+    assert a.blend == b.blend
+    p, _ = read_panel(job, cut - 20 * DAY, cut)
+    rows = np.flatnonzero(p.real)[-200:]
+    np.testing.assert_array_equal(a.member_probs(p, rows), b.member_probs(p, rows))
+
+
+def test_places_refuse_the_wrong_source(demo: Demo) -> None:
+    from realdeal.cards import write_board
+    from realdeal.provenance import places
+
+    board = json.loads((demo.reports / "kpi.json").read_text())
+    with pytest.raises(Refused, match="simulated"): write_board(places(demo.job.s, "recorded"), board, demo.job.s)
+    assert not (demo.home / "reports/kpi.json").exists()
+
+
+def test_parts_of_the_command(demo: Demo) -> None:
+    told = json.loads(realdeal("kpi", "--source", "simulated", "--json", home=demo.home).stdout)
+    assert told["kpis"]["latency_p95"]["status"] in ("met", "missed")
+    ledger = json.loads(realdeal("ingest", "--status", "--source", "simulated", "--json", home=demo.home).stdout)
+    assert ledger["dropped"] == 0 and ledger["connection"]["malformed"] == 0 and ledger["still_missing"] == 0
+    assert all(t["final"] == demo.job.hours * 60 for t in ledger["symbols"].values())
+
+
+def test_a_report_is_drawn_alone(demo: Demo) -> None:
+    page = demo.reports / "backtests/10d_ETHUSDT.html"
+    before = page.read_bytes()
+    page.unlink()
+    env = {"REALDEAL_MODEL_TEST_DAYS": "10"}
+    done = realdeal("report", "--source", "simulated", "--days", "49", "--symbol", "ETH/USDT", home=demo.home, **env)
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256(page.read_bytes()).digest() == hashlib.sha256(before).digest(), "the same data, the same bytes"
+
+
+@pytest.mark.skipif("REALDEAL_DATA" not in os.environ, reason="REALDEAL_DATA is not set: the recorded candles are not here")
+def test_recorded_candles_through_the_emulator(home: Path) -> None:
+    """ccxt's client fetches recorded candles from the emulator, and the store holds them digit for digit."""
+    folder = Path(os.environ["REALDEAL_DATA"])
+    s = read_settings(home / "settings.ini", env={}).override(model={"test_days": 5})
+    done = realdeal("ingest", "--source", "recorded", "--days", "44", home=home, REALDEAL_MODEL_TEST_DAYS="5")
+    assert done.returncode == 0, done.stderr
+    job = Job(s, "recorded", 44, recorded=folder)
+    start, end = job.span()
+    for x in s.data.symbols:
+        mine = job.store.read(x, start, end)
+        real = pl.concat([pl.read_parquet(f) for f in sorted((folder / "candles_1m" / x.replace("/", "")).glob("*.parquet"))[-2:]])
+        real = real.with_columns(time=pl.col("timestamp").dt.epoch("ms")).filter(pl.col("time").is_between(start, end, closed="left"))
+        assert mine.select(*(c for c in ("time", "open", "high", "low", "close", "volume"))).equals(real.select("time", "open", "high", "low", "close", "volume").cast({"time": pl.Int64}))
+        assert (mine["origin"] == "backfilled").all() and len(mine) == (end - start) // MINUTE
+    assert not re.search(r"\bkpi\.json\b", " ".join(p.name for p in home.rglob("*"))), "fetching judges nothing"
+
+
+def test_manifest_lists_what_is_committed() -> None:
+    """The champions in the repository are what their manifest says, and come from real data."""
+    models = Path(__file__).parent.parent / "data" / "models"
+    if not (models / "manifest.json").exists(): pytest.skip("no champions are committed yet")
+    manifest = read_manifest(models)
+    for name, entry in manifest.files.items():
+        assert manifest.check(name, (models / name).read_bytes()).is_real
+        assert entry.size < 5_000_000
+    assert load_predictor(models, ("recorded", "exchange")).members
