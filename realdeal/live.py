@@ -91,7 +91,7 @@ def inputs_of(snap: Snapshot, p: Panel, rows: Sequence[int], **more: Any) -> dic
     "What a decision saw, as JSON: snapshot and features (None for nan)."
     return {'snapshot': as_dict(snap), 'features': {p.symbols[p.group[r]]: [None if x != x else float(x) for x in p.X[r]] for r in rows}, **more}
 
-# %% ../nbs/22_live.ipynb #79df6624
+# %% ../nbs/22_live.ipynb #1120337c
 class Runner:
     "One runner on one venue, store, journal and predictor."
     def __init__(self, s: Settings, venue: Exchange, store: Store, journal: Journal, predictor: EnsemblePredictor, say: Callable[[str], None] = print):
@@ -129,7 +129,8 @@ class Runner:
         for symbol in self.s.data.symbols: await backfill(self.venue, self.store, symbol, end - self.window, end, say=lambda _: None)
 
     async def slow_facts(self) -> None:
-        "Funding and open interest, by REST."
+        "The venue's time, funding and open interest, by REST."
+        if self.venue.clock.rate and abs(skew := await self.venue.sync_time()) > 1000: self.say(f'the clock was {skew} ms away from the venue\'s and is set')
         now = self.venue.clock.now()
         for symbol in self.s.data.symbols:
             await backfill_funding(self.venue, self.store, symbol, now - 10 * DAY, now)
