@@ -145,14 +145,17 @@ def backtest(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataF
     hold = s.risk.capital * (t.close / t.open[0]).mean(1)
     return Result(t.times, cash, equity, hold, tuple(steps), figures(t.times, equity, fills, s.risk.capital))
 
-# %% ../nbs/19_backtest.ipynb #052da2e7
-def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s: Settings, at_least: float = 0.05) -> dict[str, float]:
+# %% ../nbs/19_backtest.ipynb #3e461f8a
+def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s: Settings, *, tradable: bool = True, at_least: float = 0.05) -> dict[str, float]:
     """Accuracy of the sides taken, without ties, on rows with a label; `forward` (n,) log returns over the horizon.
 
+    tradable: only sides that can be traded count; on spot a bet on a fall is no position.
+
     base_rate: share of the more frequent direction among all rows with a label; persistence: accuracy of "the last horizon's direction
-    goes on"; net_bp: mean log return in the side's direction less a taker's round trip, in basis points.
+    goes on"; net_bp: mean log return of a row in the side's direction less a taker's round trip, in basis points.
     """
     side = np.array([{'long': 1, 'short': -1, 'flat': 0}[x.side] for x in signals])
+    if tradable and not s.strategy.allow_short: side = np.maximum(side, 0)
     prob = np.array([x.prob for x in signals])
     known = np.isfinite(forward) & (forward != 0)
     if not known.any(): raise BadData('no row with a label: the span is shorter than the horizon')

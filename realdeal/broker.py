@@ -36,34 +36,42 @@ class PaperBroker:
         if fill is None: return advance(order, 'canceled', reason='the venue had no trade in that minute'), []
         return advance(order, 'filled', filled=fill.amount), [fill]
 
-# %% ../nbs/21_broker.ipynb #9c7368cb
+# %% ../nbs/21_broker.ipynb #5dc1e16d
 class CcxtBroker:
     "`patience`: wall seconds after which an order that the venue does not know counts as never arrived (recvWindow and lag)."
     def __init__(self, venue: Exchange, patience: float = 12.0):
         self.venue, self.patience = venue, patience
         self._doubt: dict[str, float] = {}
+        self._known: set[str] = set()      # the venue's ids of our orders
 
     async def submit(self, intent: Intent) -> Order: return await self.venue.submit(intent)
 
     async def poll(self, order: Order) -> tuple[Order, list[Fill]]:
+        "What the venue says of `order`; Retry when it cannot be asked now."
         seen = await self.venue.look_up(order.intent)
         if seen is None: return await self._absent(order), []
         self._doubt.pop(order.intent.client_id, None)
+        self._known.add(str(seen.venue_id))
         event = {OrderStatus.FILLED: 'filled', OrderStatus.CANCELED: 'canceled', OrderStatus.REJECTED: 'canceled'}.get(seen.status, 'opened')
         fills = await self.venue.fills_of(seen) if seen.filled else []
-        if event == 'filled' and sum(f.amount for f in fills) < seen.filled * (1 - 1e-9): event = 'opened'   # the trades lag behind: ask again
+        if sum(f.amount for f in fills) < seen.filled * (1 - 1e-9): event = 'opened'   # the trades lag behind the order, filled or cancelled: ask again
         return advance(order, event, venue_id=seen.venue_id, filled=sum(f.amount for f in fills)), fills
 
     async def _absent(self, order: Order) -> Order:
-        since = self._doubt.setdefault(order.intent.client_id, time.monotonic())
-        if order.status is not OrderStatus.UNKNOWN or time.monotonic() - since < self.patience: return order
-        if any(o.get('clientOrderId') == order.intent.client_id for o in await self.venue.open_orders(order.intent.symbol)): return order
-        return advance(order, 'never arrived', reason='the venue does not know it after the receive window')
+        name, symbol = order.intent.client_id, order.intent.symbol
+        doubtful = order if order.status is OrderStatus.UNKNOWN else advance(order, 'lost', reason='the venue does not know it any more')
+        since = self._doubt.setdefault(name, time.monotonic())
+        if time.monotonic() - since < self.patience: return doubtful
+        if any(o.get('clientOrderId') == name for o in await self.venue.open_orders(symbol)): return doubtful
+        # A trade since then that belongs to no order we know may be this order's: it stays unknown until a human looks.
+        if await self.venue.strange_trades(symbol, order.intent.time, self._known): return doubtful
+        return advance(order, 'never arrived', reason='the venue does not know it after the receive window, nor any trade of it')
 
-# %% ../nbs/21_broker.ipynb #f2778000
+# %% ../nbs/21_broker.ipynb #a5ef9f5f
 def open_broker(venue: Exchange, bar_at: Callable[[str, int], Bar | None], s: Settings) -> Broker:
     "The broker of the stage, or Refused with what is missing."
     if s.live.stage == 'paper': return PaperBroker(bar_at, s.costs)
+    if s.live.stage == 'live' and not s.live.armed: raise Refused('stage live: [live] armed is no')
     if s.live.stage == 'live': raise Refused('stage live: needs a journalled record of 48 hours on a testnet outside of this machine, with the same code, settings and models')
     if s.orders.venue != s.data.venue: raise Refused(f'[orders] venue = {s.orders.venue}: orders go to the venue of the data ({s.data.venue}) so far')
     if not venue.is_emulated: raise Refused(f'stage testnet: {venue.client.id} has no testnet; run against the emulator')

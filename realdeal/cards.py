@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # %% auto #0
-__all__ = ['Evidence', 'Status', 'KPIS', 'KPI_DAYS', 'MARKS', 'BOARD_HEAD', 'MEANING', 'Row', 'STAMP', 'NUMBER', 'INK', 'MUTED',
-           'LINE', 'BLUE', 'GREY', 'RED', 'GREEN', 'FONT', 'STYLE', 'POLICY', 'MAX_PAGE', 'Shown', 'check_name',
-           'plain', 'save_result', 'load_result', 'example_result', 'Kpi', 'judge', 'market_kpis', 'board', 'show',
-           'board_rows', 'board_text', 'md_table', 'write_board', 'board_table', 'Card', 'write_card', 'read_card',
-           'reliability', 'coverage_curve', 'example_card', 'Piece', 'table', 'banner', 'pile', 'score_table', 'lights',
-           'doubt', 'verdict', 'figure', 'label', 'dates', 'picture', 'thin', 'check_offline', 'execute_report', 'Job',
-           'execute_reports']
+__all__ = ['Evidence', 'Status', 'KPIS', 'KPI_DAYS', 'UPTIME_HOURS', 'MARKS', 'BOARD_HEAD', 'MEANING', 'Row', 'STAMP', 'NUMBER',
+           'INK', 'MUTED', 'LINE', 'BLUE', 'GREY', 'RED', 'GREEN', 'FONT', 'STYLE', 'POLICY', 'MAX_PAGE', 'Shown',
+           'check_name', 'plain', 'save_result', 'load_result', 'example_result', 'Kpi', 'judge', 'market_kpis',
+           'board', 'show', 'board_rows', 'board_text', 'md_table', 'write_board', 'board_table', 'Card', 'write_card',
+           'read_card', 'reliability', 'coverage_curve', 'example_card', 'Piece', 'table', 'banner', 'pile',
+           'score_table', 'lights', 'doubt', 'verdict', 'figure', 'label', 'dates', 'picture', 'thin', 'check_offline',
+           'execute_report', 'Job', 'execute_reports']
 
 # %% ../nbs/20_cards.ipynb #44a512e8
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
     closes = (r.hold * made[symbols[0]].open[made[symbols[0]].index_at(first)] / s.risk.capital)[:, None]
     return save_result(folder, name, r, score, origin, symbols, closes, s, note='Example: the rule "the last four hours go on".')
 
-# %% ../nbs/20_cards.ipynb #d1307f5e
+# %% ../nbs/20_cards.ipynb #1f285fd7
 Evidence = Literal['market', 'machine', 'operation']
 Status = Literal['met', 'missed', 'not measured']
 
@@ -147,7 +147,7 @@ KPIS: Mapping[str, Kpi] = {k.name: k for k in (
     Kpi('latency_p95', None, 40.0, 'low', 'ms', 'machine', 'Inference, 95th percentile'),
     Kpi('uptime', None, 0.99, 'high', 'fraction', 'operation', 'Uptime at a real venue'),
 )}
-KPI_DAYS = 90
+KPI_DAYS, UPTIME_HOURS = 90, 48
 
 def judge(name: str, value: float | None, source: Source | None, *, interval: tuple[float, float] | None = None, note: str = '', unless: str = '') -> Kpi:
     "The KPI `name` with `value`. `unless`: a reason why it cannot be judged; '' when it can."
@@ -161,14 +161,14 @@ def judge(name: str, value: float | None, source: Source | None, *, interval: tu
     if value is None or why: return replace(seen, note=why)
     return replace(seen, note=note, status='met' if (value >= rule.target if rule.better == 'high' else value <= rule.target) else 'missed')
 
-# %% ../nbs/20_cards.ipynb #6aa9f5f5
+# %% ../nbs/20_cards.ipynb #c6a98c90
 def market_kpis(figures: Mapping[str, float], score: Mapping[str, float], source: Source) -> list[Kpi]:
     "Accuracy, Sharpe and drawdown of a backtest's figures and its direction score."
     traded = '' if figures.get('trades', 0) > 0 else 'no trade was made'
     long = traded or ('' if figures.get('days', 0) >= KPI_DAYS else f'{figures.get("days", 0):.0f} days, {KPI_DAYS} are needed')
     few = '' if score.get('enough') == 1 else f'a side was taken on {score.get("coverage", 0.0):.1%} of the rows: too few'
     sharpe, error = figures.get('sharpe', math.nan), 1.96 * figures.get('sharpe_error', math.nan)
-    beside = f'base rate {show(score.get("base_rate"), "fraction")}, coverage {show(score.get("coverage"), "fraction")}, net {score.get("net_bp", math.nan):+.1f} bp a trade'
+    beside = f'base rate {show(score.get("base_rate"), "fraction")}, coverage {show(score.get("coverage"), "fraction")}, net {score.get("net_bp", math.nan):+.1f} bp a row'
     return [
         judge('accuracy', score.get('accuracy'), source, interval=(score.get('accuracy_low', math.nan), score.get('accuracy_high', math.nan)), note=beside, unless=few),
         judge('sharpe', sharpe, source, interval=(sharpe - error, sharpe + error), unless=long),
@@ -176,18 +176,20 @@ def market_kpis(figures: Mapping[str, float], score: Mapping[str, float], source
     ]
 
 def board(provenance: Provenance, figures: Mapping[str, float], score: Mapping[str, float], *, latency_ms: float | None = None, machine: str = '',
-        uptime: float | None = None, uptime_source: Source | None = None, rehearsal: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    "The board as JSON data. `latency_ms`: p95 on `machine`; `rehearsal`: what the emulator showed about operation, kept apart."
-    judged = [*market_kpis(figures, score, provenance.source), judge('latency_p95', latency_ms, provenance.source, note=machine), judge('uptime', uptime, uptime_source)]
+        uptime: float | None = None, uptime_source: Source | None = None, uptime_hours: float = 0.0, rehearsal: Mapping[str, Any] | None = None,
+        assumptions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    "The board as JSON data. `latency_ms`: p95 on `machine`; `rehearsal`: what the emulator showed about operation, kept apart; `assumptions`: costs, and how often this block was judged."
+    short = '' if uptime_hours >= UPTIME_HOURS else f'{uptime_hours:.0f} hours, {UPTIME_HOURS} are needed'
+    judged = [*market_kpis(figures, score, provenance.source), judge('latency_p95', latency_ms, provenance.source, note=machine), judge('uptime', uptime, uptime_source, unless=short)]
     return {'kpis': {k.name: plain({f: getattr(k, f) for f in k.__dataclass_fields__ if f != 'name'}) for k in judged}, 'provenance': provenance.model_dump(mode='json'),
-        'rehearsal': plain(dict(rehearsal or {})), 'figures': plain(figures), 'score': plain(score)}
+        'rehearsal': plain(dict(rehearsal or {})), 'assumptions': plain(dict(assumptions or {})), 'figures': plain(figures), 'score': plain(score)}
 
 def show(value: float | None, unit: str) -> str:
     "`value` for people: 65.0 %, 2.00, 40.0 ms, or a dash."
     if value is None or not math.isfinite(value): return '–'
     return {'fraction': f'{value * 100:.1f} %', 'ratio': f'{value:.2f}', 'ms': f'{value:.1f} ms'}[unit]
 
-# %% ../nbs/20_cards.ipynb #3fd45a51
+# %% ../nbs/20_cards.ipynb #f95ecb50
 MARKS: Mapping[str, str] = {'met': '✔', 'missed': '✘', 'not measured': '–'}
 BOARD_HEAD = ('KPI', 'value', '95 % interval', 'target', 'status', 'evidence', 'note')
 
@@ -205,12 +207,14 @@ def board_text(board: Mapping[str, Any]) -> str:
     parts = ['# KPI board', p.label() + '.', md_table(BOARD_HEAD, board_rows(board)),
         f'**Accuracy** is the share of sides taken whose direction was right {MEANING} '
         'Values from a simulated market are shown and never judged; drawdown and Sharpe need 90 days and at least one trade.']
+    if board['assumptions']:
+        parts += ['## Assumptions', 'Costs are fractions of the price, on each side.', md_table(('what', 'value'), [(str(k), str(v)) for k, v in board['assumptions'].items()])]
     if board['rehearsal']:
         parts += ['## Rehearsal', 'What the emulator showed. No KPI, and never met.', md_table(('what', 'value'), [(str(k), str(v)) for k, v in board['rehearsal'].items()])]
     return '\n\n'.join([*parts, '## Provenance', md_table(('what', 'value'), p.rows())]) + '\n'
 
 MEANING = ('over the horizon, ties left out, on a block of time that nothing was fitted or chosen on. '
-    'Read it beside the **coverage** (share of rows on which a side was taken), the **base rate** (what naming the more frequent direction scores) and the **net** result of a trade after costs.')
+    'Read it beside the **coverage** (share of rows on which a side was taken), the **base rate** (what naming the more frequent direction scores) and the **net** result of such a row after costs.')
 
 def md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     "A Markdown table."
@@ -233,13 +237,13 @@ def board_table(board: Mapping[str, Any]) -> Table:
     for k, row in zip(board['kpis'].values(), board_rows(board), strict=True): t.add_row(*row, style=colour[k['status']])
     return t
 
-# %% ../nbs/20_cards.ipynb #6f2bae71
+# %% ../nbs/20_cards.ipynb #639ea87b
 Row = tuple[str, str, float]
 
 class Card(BaseModel):
     """A model's card. blocks: (name, first day, last day); trials: (number, loss, state); features: (name, meaning, weight), where
     `importance` says what the weight is; attention: (lag in rows, weight); reliability: (mean p, observed, rows);
-    coverage: (share of rows, accuracy, net bp a trade); history: losses of each epoch by name; score: of the test block."""
+    coverage: (share of rows, accuracy, net bp a row); history: losses of each epoch by name; score: of the test block."""
     model_config = ConfigDict(frozen=True, extra='forbid')
     name: str
     provenance: Provenance
@@ -267,7 +271,7 @@ def read_card(path: Path) -> Card:
     try: return Card.model_validate_json(path.read_text())
     except (ValidationError, UnicodeDecodeError) as e: raise BadData(f'{path}: not a model card: {str(e).splitlines()[-1].strip()}') from None
 
-# %% ../nbs/20_cards.ipynb #58371e9e
+# %% ../nbs/20_cards.ipynb #db4683fc
 def reliability(prob: np.ndarray, y: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
     "(mean probability, share of rises, rows) of each bin; prob (n,), y (n,) in {0, 1, nan}."
     known = np.isfinite(y) & np.isfinite(prob)
@@ -276,7 +280,7 @@ def reliability(prob: np.ndarray, y: np.ndarray, bins: int = 10) -> list[tuple[f
     return [(float(p[m].mean()), float(up[m].mean()), int(m.sum())) for b in np.unique(at) for m in [at == b]]
 
 def coverage_curve(prob: np.ndarray, forward: np.ndarray, round_trip: float, points: int = 20) -> list[tuple[float, float, float]]:
-    """(share of rows, accuracy, net bp a trade) when only the most confident rows speak; prob (n,), forward (n,) log returns.
+    """(share of rows, accuracy, net bp a row) when only the most confident rows speak; prob (n,), forward (n,) log returns.
 
     Rows of equal confidence speak together or not at all, or their order in the file would choose among them.
     """
@@ -306,7 +310,7 @@ def example_card(folder: Path) -> Path:
         reliability=tuple(reliability(p, y)), coverage=tuple(coverage_curve(p, move, 0.0012)),
         history=tuple({'train': 0.693 - 0.004 * k ** 0.5, 'stop': 0.6932 - 0.002 * k ** 0.5 + 0.0002 * k} for k in range(12))))
 
-# %% ../nbs/20_cards.ipynb #917d260b
+# %% ../nbs/20_cards.ipynb #13dd1602
 STAMP = 'application/x-realdeal+json'
 
 @dataclass(frozen=True)
@@ -345,7 +349,7 @@ def score_table(score: Mapping[str, float | None]) -> Piece:
         ('accuracy where a side was taken', of('accuracy')), ('95 % interval (whole days resampled)', f'{of("accuracy_low")} to {of("accuracy_high")}'),
         ('base rate: always the more frequent direction', of('base_rate')), ('persistence: the last move goes on', of('persistence')), ('accuracy on all rows', of('accuracy_all')),
         ('coverage: rows on which a side was taken', of('coverage')), ('such rows', '–' if rows is None else f'{rows:,.0f}'),
-        ('net of costs, a trade', '–' if bp is None or not math.isfinite(bp) else f'{bp:+.1f} bp')])
+        ('net of costs, a row', '–' if bp is None or not math.isfinite(bp) else f'{bp:+.1f} bp')])
 
 def lights(kpis: Sequence[Kpi]) -> Piece:
     "A traffic light for each KPI."
@@ -356,7 +360,7 @@ def lights(kpis: Sequence[Kpi]) -> Piece:
     lines = [f'- {MARKS[k.status]} **{k.title}** {show(k.value, k.unit)}: {k.status}{f" ({k.note})" if k.note else ""}' for k in kpis]
     return Piece(f'<div class=kpis>{"".join(map(box, kpis))}</div>', '\n'.join(lines))
 
-# %% ../nbs/20_cards.ipynb #e2eb9999
+# %% ../nbs/20_cards.ipynb #63f52ba8
 def doubt(score: Mapping[str, float | None]) -> str:
     "Why the accuracy is no evidence of skill; '' when it may be some."
     right, low, base = (score.get(k) for k in ('accuracy', 'accuracy_low', 'base_rate'))
@@ -372,7 +376,7 @@ def verdict(x: Shown, kpis: Sequence[Kpi]) -> str:
         f'**{x.name}** made **{f["total_return"] * 100:+.1f} %** in {f["days"]:.0f} days, where buying and holding made {hold * 100:+.1f} %. '
         f'{f["trades"]:,.0f} trades cost {f["fees"]:,.2f} in fees; the deepest fall was {show(f["max_drawdown"], "fraction")}.']
     if c.get('rows', 0) > 0:
-        said.append(f'The direction was right on {show(c["accuracy"], "fraction")} of {c["rows"]:,.0f} rows on which a side was taken, and a trade earned {c["net_bp"]:+.1f} bp after costs.')
+        said.append(f'The direction was right on {show(c["accuracy"], "fraction")} of {c["rows"]:,.0f} rows on which a side was taken, which earned {c["net_bp"]:+.1f} bp a row after costs.')
         if doubt(c): said.append(doubt(c))
     else: said.append('No side was taken on any row with a known outcome.')
     if not x.provenance.is_real: return ' '.join([*said, 'No target can be met here, because the prices were made up.'])

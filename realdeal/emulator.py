@@ -759,7 +759,7 @@ def control(e: Emulator) -> dict[str, Endpoint]:
     return {'GET /emulator/status': Endpoint(0, status), 'GET /emulator/record': Endpoint(0, record), 'POST /emulator/step': Endpoint(0, step),
             'POST /emulator/run': Endpoint(0, run), 'POST /emulator/pause': Endpoint(0, pause)}
 
-# %% ../nbs/06_emulator.ipynb #11703983
+# %% ../nbs/06_emulator.ipynb #45fa1e95
 def read_recorded(folder: Path, symbols: Sequence[str], start: int, end: int) -> tuple[dict[str, Candles], dict[str, Funding]]:
     "Recorded candles and funding of [start, end) (ms), for `Emulator(histories=..., funding=..., source='recorded')`."
     import polars as pl  # loaded on use
@@ -778,7 +778,9 @@ def read_recorded(folder: Path, symbols: Sequence[str], start: int, end: int) ->
         if c.is_empty(): raise Missing(f'{s}: no recorded candle between {start} and {end} in {folder}')
         if sum(c.null_count().row(0)): raise BadData(f'{s}: a recorded candle has an empty field')
         histories[s] = Candles(s, c['time'].to_numpy().astype(np.int64), *(c[n].to_numpy().astype(np.float64) for n in names))
-        f = read(Path(folder) / 'funding_8h' / f'{slug(s)}.parquet', ['funding_rate'])
+        known = Path(folder) / 'funding_8h' / f'{slug(s)}.parquet'
+        if not known.is_file(): continue    # nobody recorded it: unknown, not 0
+        f = read(known, ['funding_rate'])
         rates[s] = Funding(s, f['time'].to_numpy().astype(np.int64), f['funding_rate'].to_numpy().astype(np.float64))
     return histories, rates
 

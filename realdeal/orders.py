@@ -49,12 +49,12 @@ def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapp
         intents.append(Intent(client_id(name, s.live.stage, symbol, d.time, 0, attempt), symbol, side, amount, d.time, attempt=attempt))
     return sorted(intents, key=lambda i: (i.side == 'buy', i.symbol))
 
-# %% ../nbs/17_orders.ipynb #bd3e9783
+# %% ../nbs/17_orders.ipynb #9bd08ac4
 _NEXT: dict[OrderStatus, dict[str, OrderStatus]] = {
     OrderStatus.NEW: {'sent': OrderStatus.SENT},
     OrderStatus.SENT: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'rejected': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN, 'canceled': OrderStatus.CANCELED},
     OrderStatus.UNKNOWN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'never arrived': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN},
-    OrderStatus.OPEN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'lost': OrderStatus.OPEN},
+    OrderStatus.OPEN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'lost': OrderStatus.UNKNOWN},
 }
 
 def advance(order: Order, event: str, *, venue_id: str | None = None, filled: float | None = None, reason: str = '') -> Order:

@@ -19,10 +19,11 @@ __all__ = ['Source', 'Provenance', 'utc', 'day', 'Places', 'places', 'guard_plac
 # %% ../nbs/03_provenance.ipynb #1539f933
 Source = Literal['recorded', 'simulated', 'exchange']
 
-# %% ../nbs/03_provenance.ipynb #1b02a190
+# %% ../nbs/03_provenance.ipynb #92689f4f
 class Provenance(BaseModel):
     """Where a result comes from. `start`, `end`: ms UTC, end exclusive; `data_hash`: of the candles used; `trials`: how many
-    variants were tried before this one was shown; `derived`: fields that the source did not hold and somebody computed."""
+    variants were tried before this one was shown; `derived`: fields that the source did not hold and somebody computed; `model`: hash
+    of the blend that made the predictions."""
     model_config = ConfigDict(frozen=True, extra='forbid')
     source: Source
     venue: str
@@ -36,6 +37,7 @@ class Provenance(BaseModel):
     commit: str
     trials: int = 0
     derived: tuple[str, ...] = ()
+    model: str = ''
 
     @property
     def is_real(self) -> bool: return self.source != 'simulated'
@@ -58,9 +60,9 @@ def day(ms: int) -> str:
     "`ms` as `2025-12-31`."
     return utc(ms)[:10]
 
-# %% ../nbs/03_provenance.ipynb #a5542135
+# %% ../nbs/03_provenance.ipynb #e895bab2
 class Places(BaseModel):
-    "The folders of one source: candles and features, models, journal and ledger, reports."
+    "The folders of one source: candles and ledger, models, reports."
     model_config = ConfigDict(frozen=True)
     source: Source
     data: Path
@@ -70,8 +72,6 @@ class Places(BaseModel):
     def store(self) -> Path: return self.data / 'store'
     @property
     def models(self) -> Path: return self.data / 'models'
-    @property
-    def journal(self) -> Path: return self.data / 'journal.sqlite'
 
 def places(s: Settings, source: Source) -> Places:
     "Where things of `source` go: a `demo` folder of their own when they are simulated."

@@ -27,7 +27,7 @@ def cap_gross(weights: Mapping[str, float], max_gross: float) -> dict[str, float
     gross = sum(abs(w) for w in weights.values())
     return {k: w * min(1.0, max_gross / gross) if gross else 0.0 for k, w in weights.items()}
 
-# %% ../nbs/15_risk.ipynb #3da598be
+# %% ../nbs/15_risk.ipynb #e679413a
 @dataclass(frozen=True)
 class Guard:
     "Memory of the breakers: `peak` and the day's opening equity in quote, times in ms. Plain numbers: it is journalled as JSON."
@@ -36,15 +36,17 @@ class Guard:
     day_equity: float = 0.0
     blocked_until: int = 0
     reason: str = ''
+    fell: bool = False      # the pause is for a drawdown, not for a day's loss
 
     def step(self, time: int, equity: float, r: Risk) -> Guard:
         "The guard after seeing `equity` at `time`."
         g = self if time // DAY == self.day else replace(self, day=time // DAY, day_equity=equity)
         if time < g.blocked_until: return g
-        if g.reason: g = replace(g, peak=equity, reason='')     # the pause is over: a new start, or it would trip for ever
+        # After a pause for a drawdown the peak is new, or it would trip for ever; a day's loss leaves the peak where it was.
+        if g.reason: g = replace(g, peak=equity if g.fell else g.peak, reason='', fell=False)
         g = replace(g, peak=max(g.peak, equity))
         if equity <= g.peak * (1 - r.max_drawdown):
-            return replace(g, blocked_until=time + r.cooldown * MINUTE, reason=f'drawdown {1 - equity / g.peak:.1%} from the peak')
+            return replace(g, blocked_until=time + r.cooldown * MINUTE, reason=f'drawdown {1 - equity / g.peak:.1%} from the peak', fell=True)
         if equity <= g.day_equity * (1 - r.max_daily_loss):
             return replace(g, blocked_until=(g.day + 1) * DAY, reason=f'loss of {1 - equity / g.day_equity:.1%} since midnight')
         return g

@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #56a09879
+# %% ../nbs/02_settings.ipynb #d4a1e80b
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -33,6 +33,7 @@ class Data(Section):
     venue: str = 'mexc'
     symbols: Annotated[tuple[str, ...], BeforeValidator(_split), Field(min_length=1)] = ('BTC/USDT', 'ETH/USDT')
     timeframe: Literal['1m'] = '1m'
+    recorded_venue: Annotated[str, Field(pattern='^[a-z0-9_]+$')] = 'binance'
     rate_limit_ms: Annotated[int, Field(ge=1)] = 25
     close_grace_ms: Annotated[int, Field(ge=0)] = 2000
 
@@ -57,7 +58,7 @@ class Strategy(Section):
 
 class Costs(Section):
     maker_fee: Annotated[float, Field(ge=-0.01, le=0.05)] = 0.0
-    taker_fee: Annotated[float, Field(ge=-0.01, le=0.05)] = 0.0005
+    taker_fee: Annotated[float, Field(ge=0, le=0.05)] = 0.0005
     half_spread: Annotated[float, Field(ge=0, le=0.05)] = 0.00005
     slippage: Annotated[float, Field(ge=0, le=0.05)] = 0.00005
 
@@ -145,7 +146,7 @@ def _validate(values: Mapping[str, Any], where: str) -> Settings:
 
 def _given(values: Mapping[str, Any], section: str, key: str) -> str: return str((values.get(section) or {}).get(key, ''))
 
-# %% ../nbs/02_settings.ipynb #aa1bad03
+# %% ../nbs/02_settings.ipynb #af4d8054
 _FILE_ONLY = {('live', 'stage'), ('live', 'armed')}
 _ENV = 'REALDEAL_'
 
@@ -179,18 +180,18 @@ def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None 
     for (section, key), text in over.items(): values.setdefault(section, {})[key] = text
     made = _validate({**values, 'home': file.parent}, 'environment') if over else base
     for section, key in over:
-        if section == 'risk' and _is_looser(key, getattr(made.risk, key), getattr(base.risk, key)):
-            raise BadSetting(f'environment {_ENV}RISK_{key.upper()} = {over[section, key]}: looser than settings.ini ({getattr(base.risk, key)}); a limit may only be tightened')
+        if section not in ('risk', 'costs'): continue
+        new, old = (getattr(getattr(x, section), key) for x in (made, base))
+        if new < old if section == 'costs' or key == 'cooldown' else new > old:
+            raise BadSetting(f'environment {_ENV}{section.upper()}_{key.upper()} = {over[section, key]}: settings.ini says {old}; there a limit may only be tightened and a cost only be raised')
     return made
 
-def _is_looser(key: str, new: float, old: float) -> bool: return new < old if key == 'cooldown' else new > old
-
-# %% ../nbs/02_settings.ipynb #441d78e5
-def code_version(home: Path) -> str:
-    "The git commit of the code in `home` (12 digits, `+` when files differ from it), or `unversioned`."
+# %% ../nbs/02_settings.ipynb #fbc50856
+def code_version(package: Path) -> str:
+    "The git commit of the code in the folder `package` (12 digits, `+` when a file of it differs or is new), or `unversioned`."
     def git(*args: str) -> str:
-        return subprocess.run(['git', '-C', str(home), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(['git', '-C', str(package), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     try:
-        changed = git('status', '--porcelain', '--untracked-files=no', '--', 'realdeal', 'nbs', 'settings.ini')
+        changed = git('status', '--porcelain', '--', '.')
         return git('rev-parse', '--short=12', 'HEAD') + ('+' if changed else '')
     except (OSError, subprocess.SubprocessError): return 'unversioned'

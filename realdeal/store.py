@@ -70,7 +70,7 @@ def candle_frame(bars: Iterable[Bar]) -> pl.DataFrame:
     rows = [(b.time, b.open, b.high, b.low, b.close, b.volume, b.origin) for b in bars]
     return pl.DataFrame(rows, schema=CANDLES, orient='row')
 
-# %% ../nbs/07_store.ipynb #11a5e41c
+# %% ../nbs/07_store.ipynb #615b1c82
 def read_candle_file(path: Path) -> pl.DataFrame:
     "Candles from a Parquet or CSV file, checked."
     if path.suffix not in ('.parquet', '.csv'): raise BadData(f'{path}: expected a .parquet or .csv file')
@@ -88,8 +88,16 @@ def _with_time(df: pl.DataFrame, where: str) -> pl.DataFrame:
         except pl.exceptions.PolarsError: raise BadData(f'{where}: column {name}: cannot be read as dates: {col[0]!r}') from None
     if col.dtype == pl.Date: col = col.cast(pl.Datetime('ms'))
     if isinstance(col.dtype, pl.Datetime): col = col.dt.epoch('ms')
-    elif col.dtype.is_numeric() and (col < 100_000_000_000).all(): col = col * 1000   # seconds
+    elif col.dtype.is_numeric() and len(col): col = _to_ms(col)
+    years = col.drop_nulls().to_numpy() / DAY / 365.25 + 1970
+    if len(years) and not 2009 <= years.min() <= years.max() <= datetime.now(UTC).year + 2: raise BadData(f'{where}: column {name}: years {years.min():.0f} to {years.max():.0f} cannot be; expected a date, or a time since 1970')
     return df.with_columns(col.alias('time'))
+
+def _to_ms(col: pl.Series) -> pl.Series:
+    "Seconds, microseconds or nanoseconds since 1970 as ms, told apart by their size."
+    for low, high, factor in ((1e8, 1e11, 1000.0), (1e14, 1e17, 1e-3), (1e17, 1e20, 1e-6)):
+        if ((col >= low) & (col < high)).all(): return (col.cast(pl.Float64) * factor).round().cast(pl.Int64) if factor > 1 else col.cast(pl.Int64) // round(1 / factor)
+    return col
 
 # %% ../nbs/07_store.ipynb #5b5a3460
 def dense(df: pl.DataFrame, start: int, end: int) -> pl.DataFrame:
@@ -98,13 +106,17 @@ def dense(df: pl.DataFrame, start: int, end: int) -> pl.DataFrame:
     full = grid.join(df, on='time', how='left', maintain_order='left').with_columns(pl.col('close').fill_null(strategy='forward'), pl.col('volume').fill_null(0.0), pl.col('origin').fill_null('synthetic'))
     return full.with_columns(pl.col(c).fill_null(pl.col('close')) for c in ('open', 'high', 'low'))
 
-# %% ../nbs/07_store.ipynb #13ae0e92
+# %% ../nbs/07_store.ipynb #8eb29b13
 class StoreKey(BaseModel):
     "What a store holds: candles of one source, venue and market (`spot`, or the generator's name and seed)."
     model_config = ConfigDict(frozen=True)
     source: Source
     venue: str
     market: str
+
+    def journal(self, data: Path, stage: str) -> Path:
+        "The journal of a runner on this market in `stage`: other money, other memory."
+        return data / 'journals' / f'{self.source}-{self.venue}-{self.market}-{stage}.sqlite'
 
 class Store:
     "Candles and funding of one StoreKey below `root`. Two processes may write at once."
@@ -128,35 +140,31 @@ class Store:
         finally: db.close()
 
     def append(self, symbol: str, bar: Bar) -> None:
-        "Keep one final bar. A bar from the venue replaces any other; a synthetic one replaces none."
+        "Keep one final bar. A later real bar replaces an earlier one; a synthetic one replaces none."
         verb = 'ignore' if bar.is_synthetic else 'replace'
         with self._tail() as db:
             db.execute(f'insert or {verb} into bars values (?,?,?,?,?,?,?,?)', (symbol, bar.time, bar.open, bar.high, bar.low, bar.close, bar.volume, bar.origin))
 
     def write(self, symbol: str, df: pl.DataFrame) -> int:
-        "Merge checked candles into their months; what the store has from the venue stays. Returns the number of new rows."
+        "Merge checked candles into their months by the same rule as `append`. Returns the number of new rows."
         df = check_candles(df, f'{self.key.source} {symbol}')
         added = 0
         with self._lock():
             for (month,), part in df.with_columns(month=_month()).group_by('month', maintain_order=True):
                 path = self._dir('candles', symbol) / f'month={month}' / 'candles.parquet'
                 old = pl.read_parquet(path, hive_partitioning=False) if path.exists() else df.clear()
-                # The same minute twice: a real bar wins over a synthetic one, then the one that is stored already.
-                new = pl.concat([old, part.drop('month')]).sort('time', pl.col('origin') == 'synthetic', maintain_order=True).unique('time', keep='first', maintain_order=True)
+                new = _one_a_minute(old, part.drop('month'))
                 added += len(new) - len(old)
                 if not new.equals(old): write_parquet(path, new)
         return added
 
     def compact(self) -> int:
         "Move the SQLite tail into Parquet; returns how many bars moved. Safe to interrupt: a bar is deleted after it was written."
-        with self._tail() as db: names = [r[0] for r in db.execute('select distinct symbol from bars')]
-        moved = 0
-        for symbol in names:
-            part = self._tail_frame(symbol)
-            self.write(symbol, part)
-            with self._tail() as db: db.execute('delete from bars where symbol=? and time<=?', (symbol, part['time'][-1]))
-            moved += len(part)
-        return moved
+        # A bar that is replaced meanwhile has a new rowid and stays: only what was written is deleted.
+        with self._tail() as db: rows = db.execute('select rowid, symbol, time, open, high, low, close, volume, origin from bars order by symbol, time').fetchall()
+        for symbol in sorted({r[1] for r in rows}): self.write(symbol, pl.DataFrame([r[2:] for r in rows if r[1] == symbol], schema=CANDLES, orient='row'))
+        with self._tail() as db: db.executemany('delete from bars where rowid=?', [(r[0],) for r in rows])
+        return len(rows)
 
     def _tail_frame(self, symbol: str) -> pl.DataFrame:
         if not (self.folder / 'tail.sqlite').exists(): return pl.DataFrame(schema=CANDLES)
@@ -167,8 +175,7 @@ class Store:
     def read(self, symbol: str, start: int, end: int) -> pl.DataFrame:
         "Candles with start <= time < end (ms), sorted, each minute once; columns of CANDLES."
         parts = [self._query('candles', symbol, start, end, CANDLES), self._tail_frame(symbol).filter((pl.col('time') >= start) & (pl.col('time') < end))]
-        both = pl.concat(parts)
-        return both.sort('time', pl.col('origin') == 'synthetic', maintain_order=True).unique('time', keep='first', maintain_order=True) if len(parts[1]) else parts[0]
+        return _one_a_minute(*parts) if len(parts[1]) else parts[0]
 
     def write_funding(self, symbol: str, df: pl.DataFrame) -> None:
         "Merge funding rates: columns time (settlement, ms) and rate (fraction per 8 h)."
@@ -198,12 +205,16 @@ class Store:
         return list(holes.iter_rows())
 
     def data_hash(self, symbols: Iterable[str], start: int, end: int) -> str:
-        "SHA-256 (16 hex digits) of every candle of `symbols` in [start, end)."
+        "SHA-256 (16 hex digits) of every candle and funding rate of `symbols` in [start, end)."
         h = hashlib.sha256()
         for s in symbols:
             h.update(slug(s).encode())
-            for col in self.read(s, start, end): h.update(col.to_numpy().tobytes() if col.dtype != pl.String else ''.join(o[0] for o in col).encode())
+            for col in (*self.read(s, start, end), *self.read_funding(s, start, end)): h.update(col.to_numpy().tobytes() if col.dtype != pl.String else ''.join(o[0] for o in col).encode())
         return h.hexdigest()[:16]
+
+def _one_a_minute(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    "Each minute once: a real bar before a synthetic one, then the newer before the older."
+    return pl.concat([old, new]).sort('time', pl.col('origin') != 'synthetic', maintain_order=True).unique('time', keep='last', maintain_order=True)
 
 def write_parquet(path: Path, df: pl.DataFrame) -> None:
     "Write `df` whole or not at all."
@@ -218,23 +229,26 @@ def _overlaps(month: str, start: int, end: int) -> bool:
     first = datetime.strptime(month, '%Y-%m').replace(tzinfo=UTC).timestamp() * 1000
     return first < end and first + 31 * DAY > start
 
-# %% ../nbs/07_store.ipynb #bf97d914
+# %% ../nbs/07_store.ipynb #dd4919d5
+_TABLES = '''
+    pragma journal_mode=wal; pragma synchronous=full;
+    create table if not exists decisions (time integer primary key, inputs text not null, decision text not null, state text not null);
+    create table if not exists intents (client_id text primary key, time integer not null, body text not null);
+    create table if not exists orders (client_id text primary key references intents, status text not null, body text not null);
+    create table if not exists fills (trade_id text primary key, client_id text not null, time integer not null, body text not null);
+    create table if not exists latches (name text primary key, reason text not null, time integer not null);
+    create table if not exists facts (name text primary key, body text not null);
+'''
+
 class Journal:
     "The durable memory of a runner. All writes are committed and synced when the call returns."
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        try: self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        try:
+            self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self.db.executescript(_TABLES)
         except sqlite3.Error as e: raise Stop(f'{path}: the journal cannot be opened: {e}') from None
-        self.db.executescript('''
-            pragma journal_mode=wal; pragma synchronous=full;
-            create table if not exists decisions (time integer primary key, inputs text not null, decision text not null, state text not null);
-            create table if not exists intents (client_id text primary key, time integer not null, body text not null);
-            create table if not exists orders (client_id text primary key references intents, status text not null, body text not null);
-            create table if not exists fills (trade_id text primary key, client_id text not null, time integer not null, body text not null);
-            create table if not exists latches (name text primary key, reason text not null, time integer not null);
-            create table if not exists facts (name text primary key, body text not null);
-        ''')
 
     def close(self) -> None: self.db.close()
 

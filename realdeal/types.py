@@ -12,23 +12,22 @@ from typing import Any, Literal
 
 # %% auto #0
 __all__ = ['MINUTE', 'HOUR', 'DAY', 'Origin', 'Side', 'BuySell', 'OrderKind', 'Liquidity', 'RealdealError', 'Retry', 'BackOff',
-           'Unresolved', 'Stop', 'BadSetting', 'BadData', 'Missing', 'Refused', 'Rejected', 'slug', 'Bar', 'Observed',
-           'MarketData', 'Signal', 'Account', 'Snapshot', 'Decision', 'Intent', 'OrderStatus', 'Order', 'Fill',
-           'settle', 'MarketRules', 'as_dict']
+           'Stop', 'BadSetting', 'BadData', 'Missing', 'Refused', 'Rejected', 'slug', 'Bar', 'Observed', 'MarketData',
+           'Signal', 'Account', 'Snapshot', 'Decision', 'Intent', 'OrderStatus', 'Order', 'Fill', 'settle',
+           'MarketRules', 'as_dict']
 
 # %% ../nbs/01_types.ipynb #dcc9f919
 MINUTE = 60_000   # ms
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 
-# %% ../nbs/01_types.ipynb #c686018e
+# %% ../nbs/01_types.ipynb #352ea23e
 class RealdealError(Exception):
     """What every error of ours is.
 
     RealdealError
     ├── Retry            the same read may be asked again: a time-out, a lost connection, a 5xx, a garbled body
     │   └── BackOff      ... but not before `retry_after` seconds: 429, 418, a limit of the venue
-    ├── Unresolved       an order was sent and its outcome is unknown: ask by client id, never send again
     └── Stop             nothing helps but a human
         ├── BadSetting   settings.ini or its environment breaks a rule
         ├── BadData      a candle, a file or a body breaks a rule
@@ -44,7 +43,6 @@ class BackOff(Retry):
     def __init__(self, text: str, retry_after: float = 1.0):
         super().__init__(text)
         self.retry_after = retry_after
-class Unresolved(RealdealError): exit_code = 74
 class Stop(RealdealError): exit_code = 70
 class BadSetting(Stop): exit_code = 78
 class BadData(Stop): exit_code = 65

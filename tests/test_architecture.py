@@ -71,7 +71,7 @@ from realdeal.store import Store, StoreKey
 from realdeal.types import DAY, Account
 s = read_settings({str(demo.home / 'settings.ini')!r}, env={{}})
 store = Store(Path({str(demo.data / 'store')!r}), StoreKey(source='simulated', venue='emulator', market='realistic-7'))
-predictor = load_predictor(Path({str(demo.data / 'models')!r}))
+predictor = load_predictor(Path({str(demo.data / 'models')!r}), s)
 end = {demo.job.end()}
 candles = {{x: store.read(x, end - 12 * DAY, end) for x in s.data.symbols}}
 funding = {{x: store.read_funding(x, end - 12 * DAY, end) for x in s.data.symbols}}

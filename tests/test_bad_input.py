@@ -14,8 +14,8 @@ from conftest import Demo, realdeal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realdeal.store import CANDLES, Store, StoreKey, check_candles
-from realdeal.types import MINUTE, BadData
+from realdeal.store import CANDLES, Journal, check_candles
+from realdeal.types import MINUTE, BadData, Stop
 
 T0 = 1_704_067_200_000
 GOOD = [(T0 + i * MINUTE, 100.0, 101.0, 99.0, 100.5, 1.0) for i in range(5)]
@@ -55,8 +55,31 @@ def test_good_candle_file(home: Path) -> None:
     pl.DataFrame(GOOD, schema=COLUMNS, orient="row").write_csv(home / "mine.csv")
     done = realdeal("import", "mine.csv", "--symbol", "BTC/USDT", home=home)
     assert done.returncode == 0 and "5 of them new" in done.stdout
-    store = Store(home / "data/store", StoreKey(source="recorded", venue="binance", market="spot"))
-    assert store.read("BTC/USDT", T0, T0 + 10 * MINUTE).height == 5
+    assert pl.read_parquet(home / "data/imported/binance/candles_1m/BTCUSDT/2024.parquet").height == 5
+    again = realdeal("import", "mine.csv", "--symbol", "BTC/USDT", home=home)
+    assert again.returncode == 0 and "0 of them new" in again.stdout, "twice is the same as once"
+    assert not (home / "data/store").exists(), "it is fetched from there through ccxt, like any recorded candle"
+
+
+def test_venue_is_a_name(home: Path) -> None:
+    pl.DataFrame(GOOD, schema=COLUMNS, orient="row").write_csv(home / "mine.csv")
+    refused(realdeal("import", "mine.csv", "--symbol", "BTC/USDT", "--venue", "../../x", home=home), 78, "recorded_venue = ../../x")
+
+
+def test_no_tracebacks_at_the_edge(home: Path) -> None:
+    assert realdeal("emulator", "--port", "99999", home=home).returncode == 2
+    assert realdeal("emulator", "--seed", "-1", home=home).returncode == 2
+    (home / "reports/demo").mkdir(parents=True)
+    for text in ("{", "{}", "[]"):
+        (home / "reports/demo/kpi.json").write_text(text)
+        refused(realdeal("kpi", "--source", "simulated", home=home), 65, "not a board")
+    (home / "data/journals").mkdir(parents=True)
+    refused(realdeal("live", "--emulator", "foo", home=home), 75, "no emulator answers at foo")
+
+
+def test_damaged_journal(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(Stop, match="the journal cannot be opened"): Journal(tmp_path / "journal.sqlite")
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), *[st.floats(allow_nan=True, allow_infinity=True)] * 5), max_size=6))
@@ -114,7 +137,7 @@ def test_damaged_model(demo: Demo, tmp_path: Path) -> None:
     blob = bytearray((models / "best_lgbm.pkl").read_bytes())
     blob[len(blob) // 2] ^= 1
     (models / "best_lgbm.pkl").write_bytes(blob)
-    with pytest.raises(BadData, match=r"best_lgbm.pkl: its SHA-256 differs"): load_predictor(models)
+    with pytest.raises(BadData, match=r"best_lgbm.pkl: its SHA-256 differs"): load_predictor(models, demo.job.s)
 
 
 def test_simulated_model_never_reaches_a_real_venue(demo: Demo, home: Path) -> None:

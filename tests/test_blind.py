@@ -55,7 +55,7 @@ def test_warmup_is_enough_and_needed(candles: dict[str, pl.DataFrame], rates: di
 
 
 def test_predictions(demo: Demo, candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> None:
-    predictor = load_predictor(demo.data / "models")
+    predictor = load_predictor(demo.data / "models", demo.job.s)
     t = SIMULATED_START + 12 * DAY
     before, after = panel(candles, rates, END), panel({k: spoil(c, t) for k, c in candles.items()}, rates, END)
     rows = np.flatnonzero((before.times <= t) & (before.times > t - DAY))

@@ -70,11 +70,51 @@ def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None
         Store(other.places.store, other.key).write(x, df.with_columns(*[pl.col(c) * factor for c in ("open", "high", "low", "close")]))
         Store(other.places.store, other.key).write_funding(x, job.store.read_funding(x, first, end))
     jobs.train(other)
-    a, b = load_predictor(job.places.models), load_predictor(other.places.models)
+    a, b = load_predictor(job.places.models, s), load_predictor(other.places.models, s)
     assert a.blend == b.blend
     p, _ = read_panel(job, cut - 20 * DAY, cut)
     rows = np.flatnonzero(p.real)[-200:]
     np.testing.assert_array_equal(a.member_probs(p, rows), b.member_probs(p, rows))
+
+
+def test_models_are_not_judged_on_what_they_learned(demo: Demo, tmp_path: Path) -> None:
+    """A longer test block reaches into the days the champions were trained on: refused, and nothing is written."""
+    from dataclasses import replace
+
+    from realdeal import job as jobs
+
+    longer = replace(demo.job, s=demo.job.s.override(model={"test_days": 11}, paths={"reports": str(tmp_path / "reports")}))
+    with pytest.raises(Refused, match="the model learned until"): jobs.judge(longer)
+    other = replace(demo.job, s=demo.job.s.override(strategy={"horizon": 60}, paths={"reports": str(tmp_path / "reports")}))
+    with pytest.raises(Refused, match="the model predicts 240 minutes"): jobs.judge(other)
+    assert not (tmp_path / "reports").exists()
+
+
+def test_swapped_champions_are_noticed(demo: Demo) -> None:
+    """Other models in the folder are not "done before": the training is made again."""
+    from realdeal.job import BLEND, Steps, train_key
+
+    steps = Steps(demo.data / "steps.json", lambda _: None)
+    outputs = [demo.data / "models" / n for n in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", BLEND)]
+    assert steps.done["train"] == steps._stamp(train_key(demo.job), outputs)
+    blend = outputs[-1].read_bytes()
+    try:
+        outputs[-1].write_bytes(blend.replace(b"threshold", b"Threshold"))
+        assert steps.done["train"] != steps._stamp(train_key(demo.job), outputs)
+    finally: outputs[-1].write_bytes(blend)
+
+
+def test_funding_is_part_of_the_data(demo: Demo, tmp_path: Path) -> None:
+    from realdeal.store import Store
+
+    first, end = demo.job.span()
+    store = Store(tmp_path, demo.job.key)
+    for x in demo.job.s.data.symbols:
+        store.write(x, demo.job.store.read(x, first, end))
+        store.write_funding(x, demo.job.store.read_funding(x, first, end))
+    assert store.data_hash(demo.job.s.data.symbols, first, end) == demo.job.store.data_hash(demo.job.s.data.symbols, first, end)
+    store.write_funding("BTC/USDT", demo.job.store.read_funding("BTC/USDT", first, end).with_columns(rate=pl.col("rate") * 2))
+    assert store.data_hash(demo.job.s.data.symbols, first, end) != demo.job.store.data_hash(demo.job.s.data.symbols, first, end)
 
 
 def test_places_refuse_the_wrong_source(demo: Demo) -> None:
@@ -130,4 +170,4 @@ def test_manifest_lists_what_is_committed() -> None:
     for name, entry in manifest.files.items():
         assert manifest.check(name, (models / name).read_bytes()).is_real
         assert entry.size < 5_000_000
-    assert load_predictor(models, ("recorded", "exchange")).members
+    assert load_predictor(models, read_settings(models.parent.parent / "settings.ini", env={}), ("recorded", "exchange")).members

@@ -1,6 +1,7 @@
 """The whole line in one test: ccxt -> md -> signal -> risk -> order on the emulator, judged by the emulator's own books."""
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from realdeal.job import SIMULATED_START, check_parity, market_rules, paper_key,
 from realdeal.live import Runner, remember, run_steps
 from realdeal.market import funding, generate
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, HOUR, MINUTE, OrderStatus
+from realdeal.types import DAY, HOUR, MINUTE, Intent, OrderStatus, Refused
 
 DAYS, SYMBOLS = 12, ("BTC/USDT", "ETH/USDT")
 NOW = SIMULATED_START + (DAYS - 1) * DAY
@@ -27,20 +28,18 @@ def talkative(p: EnsemblePredictor) -> EnsemblePredictor:
     return EnsemblePredictor(p.members, replace(p.blend, offset=3.0, threshold=0.0), p.provenance, p.model_hash)
 
 
-async def session(demo: Demo, folder: Path, stage: str, minutes: int, journal: Journal | None = None):
-    """A runner on an emulator of its own in step mode; yields what both sides know at the end."""
+async def session(demo: Demo, folder: Path, stage: str, minutes: int, journal: Journal | None = None, now: int = NOW):
+    """A runner on an emulator of its own in step mode, from `now`; what both sides know at the end."""
     s = demo.job.s.override(live={"stage": stage})
     histories = generate("realistic", SYMBOLS, SIMULATED_START, DAYS * 1440, seed=11)
     rates = {x: funding(x, SIMULATED_START, DAYS * 1440, seed=11) for x in SYMBOLS}
     store = Store(folder / "store", StoreKey(source="simulated", venue="emulator", market="realistic-11"))
     journal = journal or Journal(folder / "journal.sqlite")
-    import asyncio
-
-    async with serve(histories=histories, funding=rates, now=NOW, seed=11) as e:
+    async with serve(histories=histories, funding=rates, now=now, seed=11) as e:
         async with Exchange(s, options=client_options(e.url), clock=Clock(rate=0)) as venue:
-            runner = Runner(s, venue, store, journal, talkative(load_predictor(demo.data / "models")), lambda _: None)
+            runner = Runner(s, venue, store, journal, talkative(load_predictor(demo.data / "models", demo.job.s)), lambda _: None)
             await runner.start()
-            await run_steps(runner, e.url, asyncio.Event(), NOW + minutes * MINUTE)
+            await run_steps(runner, e.url, asyncio.Event(), now + minutes * MINUTE)
             told = await runner.finish()
             books = {o.request.client_id: o for o in e.venue.all_orders()}
             assert len(books) == len(e.venue.all_orders()), "no client id twice"
@@ -87,9 +86,39 @@ async def test_steps_are_reproducible(demo: Demo, tmp_path: Path) -> None:
     assert dumps[0] == dumps[1]
 
 
+async def test_a_restart_goes_on(demo: Demo, tmp_path: Path) -> None:
+    """A session that ended after half an hour and was started again decides and trades as the one that never ended."""
+    whole, *_ = await session(demo, tmp_path / "whole", "paper", 60)
+    first, *_ = await session(demo, tmp_path / "parts", "paper", 30)
+    first.journal.close()
+    second, told, *_ = await session(demo, tmp_path / "parts", "paper", 30, now=NOW + 30 * MINUTE)
+    assert told["decisions"] == 5 and told["uptime"] == 1
+    for table in ("decisions", "intents", "fills"):
+        a, b = whole.journal.rows(table), second.journal.rows(table)
+        for d in (*a, *b): d.get("inputs", {}).pop("md", None)
+        assert a == b
+
+
+async def test_another_market_is_refused(demo: Demo, tmp_path: Path) -> None:
+    """A journal whose last decision is later than the venue's time belongs to another market."""
+    await session(demo, tmp_path, "paper", 30)
+    with pytest.raises(Refused, match="another market needs another journal"): await session(demo, tmp_path, "paper", 15, now=NOW - DAY)
+
+
+async def test_an_order_in_flight_blocks_its_symbol(demo: Demo, tmp_path: Path) -> None:
+    """Nobody knows what became of an order: nothing more is sent for its symbol, and it is not sent again."""
+    journal = Journal(tmp_path / "journal.sqlite")
+    lost = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW - 15 * MINUTE)
+    journal.add_intent(lost)
+    runner, _, books, _ = await session(demo, tmp_path, "testnet", 30, journal)
+    sent = {r["body"]["symbol"] for r in journal.rows("intents") if r["client_id"] != "rdlost"}
+    assert sent == {"ETH/USDT"} and "rdlost" not in books
+    assert runner.memory.pending["rdlost"].status is OrderStatus.UNKNOWN
+
+
 def test_session_is_computed_again(demo: Demo) -> None:
     """Parity: every feature, prediction, decision and fill of the demo's paper session, made anew from the store."""
-    predictor = load_predictor(demo.data / "models")
+    predictor = load_predictor(demo.data / "models", demo.job.s)
     assert check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), predictor, market_rules(demo.job)) == []
     journal = Journal(session_file(demo.job, paper_key(demo.job)))
     assert len(journal.rows("decisions")) == demo.job.hours * 4 + 1
@@ -109,7 +138,7 @@ def test_parity_sees_a_hair(demo: Demo, monkeypatch: pytest.MonkeyPatch, feature
         return replace(p, X=X), candles
 
     monkeypatch.setattr(jobs, "read_panel", nudged)
-    told = check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), load_predictor(demo.data / "models"), market_rules(demo.job))
+    told = check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), load_predictor(demo.data / "models", demo.job.s), market_rules(demo.job))
     assert told and all(f"feature {feature}" in line for line in told if "feature" in line) and any(f"feature {feature}" in line for line in told)
 
 

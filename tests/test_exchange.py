@@ -1,0 +1,99 @@
+"""The client over ccxt's own class: against the emulator, and against a hostile server."""
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from realdeal.broker import CcxtBroker
+from realdeal.emulator import Emulator, Limits, client_options, serve
+from realdeal.exchange import Clock, Exchange
+from realdeal.job import SIMULATED_START
+from realdeal.market import funding, generate
+from realdeal.settings import Settings
+from realdeal.types import DAY, HOUR, MINUTE, Intent, OrderStatus, Retry
+
+SYMBOLS = ("BTC/USDT", "ETH/USDT")
+NOW = SIMULATED_START + DAY
+
+
+@asynccontextmanager
+async def opened(**kw: object) -> AsyncIterator[tuple[Exchange, Emulator]]:
+    histories = generate("realistic", SYMBOLS, SIMULATED_START, 2 * 1440, seed=5)
+    async with serve(histories=histories, funding={x: funding(x, SIMULATED_START, 2 * 1440, seed=5) for x in SYMBOLS}, now=NOW, seed=5, **kw) as e:
+        async with Exchange(Settings(), options=client_options(e.url), clock=Clock(rate=0), tries=3) as venue: yield venue, e
+
+
+async def test_reads() -> None:
+    async with opened() as (venue, _):
+        quote = await venue.quote("BTC/USDT")
+        assert 0 < quote.bid < quote.ask
+        assert await venue.open_interest("BTC/USDT") > 0
+        rates = await venue.funding("BTC/USDT", SIMULATED_START, NOW + DAY)
+        assert rates["time"].to_list() == [SIMULATED_START + k * 8 * HOUR for k in range(4)]
+        page = await venue.candles("BTC/USDT", NOW - 100 * MINUTE, NOW + DAY)
+        assert page["time"][-1] == NOW - MINUTE, "only closed bars"
+        assert (await venue.balance())["USDT"] == 100_000
+        assert venue.rules("BTC/USDT").min_notional == 5
+
+
+async def test_limit_order_lives_and_dies() -> None:
+    async with opened() as (venue, e):
+        broker, price = CcxtBroker(venue), (await venue.quote("BTC/USDT")).bid
+        intent = Intent("rdlimit", "BTC/USDT", "buy", 0.01, NOW, kind="limit", price=round(price * 0.9, 2))
+        order = await broker.submit(intent)
+        assert order.status is OrderStatus.OPEN and [o["clientOrderId"] for o in await venue.open_orders("BTC/USDT")] == ["rdlimit"]
+        await venue.cancel(order)
+        done, fills = await broker.poll(order)
+        assert done.status is OrderStatus.CANCELED and fills == [] and not e.venue.open_orders()
+
+
+async def test_rejected_is_not_unknown() -> None:
+    async with opened() as (venue, e):
+        order = await CcxtBroker(venue).submit(Intent("rdrich", "BTC/USDT", "sell", 5.0, NOW))
+        assert order.status is OrderStatus.REJECTED and "Insufficient" in order.reason and not e.venue.all_orders()
+
+
+async def test_retry_after_is_honoured() -> None:
+    """The limit is reached: the read waits as long as the venue says, and then succeeds."""
+    async with opened(limits=Limits(weight=30, window=1.5)) as (venue, _):
+        began = time.monotonic()
+        for k in range(40): await venue.candles("BTC/USDT", NOW - (k + 1) * MINUTE, NOW)
+        assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}", "<html>busy</html>", '{"orderId": ""}'])
+async def test_garbled_answers_about_orders(body: str) -> None:
+    """A body with status 200 that says nothing: the order is unknown, never open, and looking it up is asked again."""
+    async def answer(_: web.Request) -> web.Response: return web.Response(text=body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with opened() as (venue, _):
+            venue.client.urls["api"]["spot"]["private"] = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            intent = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW)
+            order = await venue.submit(intent)
+            assert order.status is OrderStatus.UNKNOWN and "busy" not in str(order.venue_id)
+            with pytest.raises(Retry): await venue.look_up(intent)
+    finally: await runner.cleanup()
+
+
+async def test_never_arrived_needs_patience_and_proof() -> None:
+    async with opened() as (venue, e):
+        lost = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW)
+        patient, quick = CcxtBroker(venue, patience=60), CcxtBroker(venue, patience=0)
+        from realdeal.types import Order
+
+        order = Order(lost, OrderStatus.UNKNOWN)
+        assert (await patient.poll(order))[0].status is OrderStatus.UNKNOWN, "the venue may still accept it"
+        assert (await quick.poll(order))[0].status is OrderStatus.REJECTED, "nobody knows it, and no trade is its own"
+        await quick.submit(Intent("rdother", "BTC/USDT", "buy", 0.01, NOW))
+        assert (await quick.poll(order))[0].status is OrderStatus.UNKNOWN, "a trade that no known order explains may be its own"
+        assert len(e.venue.all_orders()) == 1
