@@ -19,7 +19,7 @@ from .types import BadData, BadSetting, Missing, RealdealError
 __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'Market', 'Hours', 'Json', 'DEMO', 'main', 'demo', 'run',
            'ingest', 'import_', 'train', 'backtest', 'report', 'kpi', 'emulator', 'live']
 
-# %% ../nbs/24_cli.ipynb #9209909d
+# %% ../nbs/24_cli.ipynb #c5d38db7
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
     help='From exchange data to a trading process that can be trusted. Exit codes: 0 done, 65 bad data, 66 something is missing, 70 stop, 75 try again later, 77 refused, 78 bad setting.')
 console, errors = Console(), Console(stderr=True)
@@ -31,6 +31,10 @@ def main() -> None:
     except RealdealError as e:
         errors.print(f'[red]{type(e).__name__}[/]: {escape(str(e))}', highlight=False, soft_wrap=True)
         sys.exit(e.exit_code)
+    except ModuleNotFoundError as e:
+        if str(e.name).startswith('realdeal'): raise
+        errors.print(f"[red]Missing[/]: this command needs {e.name}, which the base install has not: pip install 'realdeal\\[research]'", highlight=False, soft_wrap=True)
+        sys.exit(Missing.exit_code)
     except KeyboardInterrupt: sys.exit(130)
 
 Config = Annotated[Path | None, typer.Option('--settings', help='The settings.ini to read; default: found upwards from here.')]

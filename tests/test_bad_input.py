@@ -14,7 +14,7 @@ from conftest import Demo, realdeal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realdeal.store import CANDLES, Journal, check_candles
+from realdeal.store import CANDLES, Journal, Store, StoreKey, check_candles
 from realdeal.types import MINUTE, BadData, Stop
 
 T0 = 1_704_067_200_000
@@ -159,3 +159,13 @@ def test_full_disk(home: Path) -> None:
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=home, capture_output=True, text=True, preexec_fn=small, timeout=120)
     refused(done, 70, "cannot be written", "nothing was changed")
     assert [f for f in home.glob("data/**/*") if f.is_file() and f.name != ".lock"] == []
+
+
+def test_base_install_names_the_extra(home: Path) -> None:
+    """Without the research libraries a command that needs them says which extra has them."""
+    code = "import sys; sys.modules['optuna'] = None; sys.argv = ['realdeal', 'train', '--source', 'simulated', '--days', '140']; from realdeal.cli import main; main()"
+    store = Store(home / "data/demo/store", StoreKey(source="simulated", venue="emulator", market="realistic-7"))
+    start = 1_704_067_200_000
+    for symbol in ("BTC/USDT", "ETH/USDT"): store.write(symbol, pl.DataFrame([(start + i * MINUTE, 100.0, 101.0, 99.0, 100.5, 1.0, "venue") for i in range(30)], schema=CANDLES, orient="row"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=120)
+    refused(done, 66, "needs optuna", "realdeal[research]")
