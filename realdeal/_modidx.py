@@ -266,8 +266,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.exchange._Base.sync_time': ('exchange.html#_base.sync_time', 'realdeal/exchange.py'),
                                    'realdeal.exchange._Mexc': ('exchange.html#_mexc', 'realdeal/exchange.py'),
                                    'realdeal.exchange._Mexc.handle_errors': ('exchange.html#_mexc.handle_errors', 'realdeal/exchange.py'),
-                                   'realdeal.exchange._Mexc.handle_http_status_code': ( 'exchange.html#_mexc.handle_http_status_code',
-                                                                                        'realdeal/exchange.py'),
                                    'realdeal.exchange._Mexc.handle_message': ('exchange.html#_mexc.handle_message', 'realdeal/exchange.py'),
                                    'realdeal.exchange._Mexc.handle_protobuf_message': ( 'exchange.html#_mexc.handle_protobuf_message',
                                                                                         'realdeal/exchange.py'),

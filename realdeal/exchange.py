@@ -49,7 +49,7 @@ def _pause(state: RetryCallState) -> float:
     if isinstance(error, BackOff): return error.retry_after + random.uniform(0, 0.25)
     return random.uniform(0.1, min(8.0, 0.25 * 2 ** state.attempt_number))
 
-# %% ../nbs/08_exchange.ipynb #c6e22af4
+# %% ../nbs/08_exchange.ipynb #1485605a
 class _Mexc(ccxt.pro.mexc):
     clock: Clock
     sink: Callable[[dict[str, Any]], None]
@@ -71,17 +71,11 @@ class _Mexc(ccxt.pro.mexc):
         except Exception as e: self.bad_frame(e)
 
     def handle_errors(self, code: int, reason: str, url: str, method: str, headers: Mapping[str, str], *rest: Any) -> Any:
-        # ccxt never reads Retry-After; it must travel with the error, since requests overlap.
-        try: return super().handle_errors(code, reason, url, method, headers, *rest)
-        except (ccxt.RateLimitExceeded, ccxt.DDoSProtection) as e:
-            e.retry_after = _seconds(headers)
-            raise
-
-    def handle_http_status_code(self, code: int, reason: str, url: str, method: str, body: Any) -> Any:
-        try: return super().handle_http_status_code(code, reason, url, method, body)
-        except (ccxt.RateLimitExceeded, ccxt.DDoSProtection) as e:
-            e.retry_after = _seconds(self.last_response_headers or {})
-            raise
+        # Before ccxt reads the body: it never reads Retry-After, and takes a 418 with a JSON body for a plain ExchangeError.
+        if code not in (418, 429): return super().handle_errors(code, reason, url, method, headers, *rest)
+        error = (ccxt.DDoSProtection if code == 418 else ccxt.RateLimitExceeded)(f'{self.id} {method} {code} {reason}')
+        error.retry_after = _seconds(headers)
+        raise error
 
 def _seconds(headers: Mapping[str, str]) -> float | None:
     value = next((v for k, v in headers.items() if k.lower() == 'retry-after'), '')

@@ -31,15 +31,21 @@ def rates() -> dict[str, pl.DataFrame]:
 @pytest.mark.parametrize("at", np.random.default_rng(1).integers((WARMUP + 40) * 15, DAYS * 1440, 12).tolist())
 def test_features_at_many_times(candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame], at: int) -> None:
     """Any minute, on the grid or off it."""
+    p = panel(candles, rates, END)
+    assert np.isfinite(p.X[p.times >= SIMULATED_START + (WARMUP + 1) * STEP]).mean() > 0.99, "there is something to change"
     assert_blind(panel, candles, rates, END, SIMULATED_START + at * MINUTE)
 
 
 def test_funding_is_known_when_it_is_settled(candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> None:
-    t = SIMULATED_START + 10 * DAY + 8 * 3_600_000
+    """An hour after a settlement, what is settled next changes nothing; at the settlement itself it is known."""
+    eight = 8 * 3_600_000
+    t = SIMULATED_START + 10 * DAY + 3_600_000
     later = {k: r.with_columns(rate=pl.when(pl.col("time") > t).then(1.0).otherwise(pl.col("rate"))) for k, r in rates.items()}
     a, b = panel(candles, rates, END), panel(candles, later, END)
-    i = a.names.index("funding")
-    assert np.array_equal(a.X[a.times <= t, i], b.X[b.times <= t, i], equal_nan=True) and not np.array_equal(a.X[a.times > t + 8 * 3_600_000, i], b.X[b.times > t + 8 * 3_600_000, i], equal_nan=True)
+    i, old, new = a.names.index("funding"), a.times <= t, a.times >= t - 3_600_000 + eight
+    assert np.isfinite(a.X[a.times >= SIMULATED_START + DAY, i]).all()
+    assert np.array_equal(a.X[old, i], b.X[old, i], equal_nan=True)
+    assert (b.X[new, i] == 1e4).all()
 
 
 @pytest.mark.parametrize("feature", [f.name for f in FEATURES if f.warmup])

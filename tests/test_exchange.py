@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -57,12 +57,39 @@ async def test_rejected_is_not_unknown() -> None:
         assert order.status is OrderStatus.REJECTED and "Insufficient" in order.reason and not e.venue.all_orders()
 
 
-async def test_retry_after_is_honoured() -> None:
-    """The limit is reached: the read waits as long as the venue says, and then succeeds."""
-    async with opened(limits=Limits(weight=30, window=1.5)) as (venue, _):
-        began = time.monotonic()
-        for k in range(40): await venue.candles("BTC/USDT", NOW - (k + 1) * MINUTE, NOW)
-        assert time.monotonic() - began > 0.5
+@asynccontextmanager
+async def server(answer: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """A hostile venue on loopback; its address."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try: yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally: await runner.cleanup()
+
+
+@pytest.mark.parametrize("status", [429, 418])
+async def test_retry_after_is_honoured(status: int) -> None:
+    """The venue says how long to wait: nothing is asked before that, and then the read succeeds."""
+    asked: list[float] = []
+
+    async def answer(_: web.Request) -> web.Response:
+        asked.append(time.monotonic())
+        if len(asked) == 1: return web.json_response({"code": status, "msg": "too much"}, status=status, headers={"Retry-After": "2"})
+        return web.json_response({"serverTime": NOW})
+
+    async with opened() as (venue, _), server(answer) as url:
+        venue.client.urls["api"]["spot"]["public"] = url
+        await venue.sync_time()
+    assert len(asked) == 2 and asked[1] - asked[0] >= 2
+
+
+async def test_limits_of_the_venue_are_survived() -> None:
+    """More than the venue allows in a window: refused, waited for, and all of it arrives."""
+    async with opened(limits=Limits(weight=10, window=1.0)) as (venue, _):
+        pages = [await venue.candles("BTC/USDT", NOW - (k + 1) * MINUTE, NOW) for k in range(25)]
+    assert [len(p) for p in pages] == list(range(1, 26))
 
 
 @pytest.mark.parametrize("body", ["", "[]", "{}", "<html>busy</html>", '{"orderId": ""}'])
@@ -70,19 +97,12 @@ async def test_garbled_answers_about_orders(body: str) -> None:
     """A body with status 200 that says nothing: the order is unknown, never open, and looking it up is asked again."""
     async def answer(_: web.Request) -> web.Response: return web.Response(text=body, content_type="application/json")
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with opened() as (venue, _):
-            venue.client.urls["api"]["spot"]["private"] = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            intent = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW)
-            order = await venue.submit(intent)
-            assert order.status is OrderStatus.UNKNOWN and "busy" not in str(order.venue_id)
-            with pytest.raises(Retry): await venue.look_up(intent)
-    finally: await runner.cleanup()
+    async with opened() as (venue, _), server(answer) as url:
+        venue.client.urls["api"]["spot"]["private"] = url
+        intent = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW)
+        order = await venue.submit(intent)
+        assert order.status is OrderStatus.UNKNOWN and "busy" not in str(order.venue_id)
+        with pytest.raises(Retry): await venue.look_up(intent)
 
 
 async def test_never_arrived_needs_patience_and_proof() -> None:
