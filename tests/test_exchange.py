@@ -14,7 +14,7 @@ from realdeal.exchange import Clock, Exchange
 from realdeal.job import SIMULATED_START
 from realdeal.market import funding, generate
 from realdeal.settings import Settings
-from realdeal.types import DAY, HOUR, MINUTE, Intent, OrderStatus, Retry
+from realdeal.types import DAY, HOUR, MINUTE, BadSetting, Intent, OrderStatus, Refused, Retry
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT")
 NOW = SIMULATED_START + DAY
@@ -117,3 +117,19 @@ async def test_never_arrived_needs_patience_and_proof() -> None:
         await quick.submit(Intent("rdother", "BTC/USDT", "buy", 0.01, NOW))
         assert (await quick.poll(order))[0].status is OrderStatus.UNKNOWN, "a trade that no known order explains may be its own"
         assert len(e.venue.all_orders()) == 1
+
+
+async def test_unknown_symbol() -> None:
+    histories = generate("null", ["BTC/USDT"], SIMULATED_START, 1440, seed=5)
+    async with serve(histories=histories, now=SIMULATED_START + HOUR) as e:
+        with pytest.raises(BadSetting, match=r"\[data\] symbols: ETH/USDT: not a market of mexc"):
+            async with Exchange(Settings(), options=client_options(e.url), clock=Clock(rate=0)): pass
+
+
+async def test_unreachable_exchange() -> None:
+    with pytest.raises(Retry, match="mexc: server time: ExchangeNotAvailable"):
+        async with Exchange(Settings(), options=client_options("http://127.0.0.1:9"), tries=2): pass
+
+
+def test_real_keys_are_not_sent_to_strangers() -> None:
+    with pytest.raises(Refused, match="emulator keys only"): Exchange(Settings(), options={**client_options("http://127.0.0.1:9"), "apiKey": "mx0real"})
