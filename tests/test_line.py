@@ -17,7 +17,7 @@ from realdeal.job import SIMULATED_START, check_parity, market_rules, paper_key,
 from realdeal.live import Runner, remember, run_steps
 from realdeal.market import funding, generate
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, MINUTE, Intent, OrderStatus, Refused
+from realdeal.types import DAY, MINUTE, Intent, OrderStatus, Refused, slug
 
 DAYS, SYMBOLS = 12, ("BTC/USDT", "ETH/USDT")
 NOW = SIMULATED_START + (DAYS - 1) * DAY
@@ -55,7 +55,7 @@ async def test_line(demo: Demo, tmp_path: Path) -> None:
         assert 0 < md.spread.value < 0.01 and 0 < md.vol.value < 0.05
         tally: Tally = runner.feed.tally[symbol]
         assert tally.final == 120 and tally.missing == 0
-        assert tally.trades == sum(r["trades"] for r in record[symbol].values()), "every trade that was sent arrived"
+        assert tally.trades == sum(r["trades"] for r in record[slug(symbol)].values()), "every trade that was sent arrived"
     intents = {r["client_id"]: r["body"] for r in runner.journal.rows("intents")}
     assert intents and set(intents) == set(books), "what was meant is what the venue has: nothing twice, nothing forgotten"
     for fill in runner.journal.rows("fills"): assert fill["client_id"] in books
