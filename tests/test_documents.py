@@ -1,6 +1,7 @@
 """README, settings.ini, pyproject.toml and the first page are true."""
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tomllib
@@ -70,6 +71,14 @@ def test_map_of_chapters() -> None:
 def test_links_of_the_readme_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"): assert (REPO / link).exists(), link
+
+
+def test_the_readme_says_what_the_board_says() -> None:
+    """The figures in the README are those of the committed board, good or bad."""
+    kpis = json.loads((REPO / "reports" / "kpi.json").read_text())["kpis"]
+    assert f"direction accuracy {kpis['accuracy']['value']:.1%}".replace("%", " %") in README
+    assert f"Sharpe {kpis['sharpe']['value']:.2f}" in README and f"deepest drawdown {kpis['max_drawdown']['value']:.1%}".replace("%", " %") in README
+    assert kpis["uptime"]["status"] == "not measured" and "Uptime is not measured yet" in README
 
 
 def test_nothing_of_this_machine_is_in_the_tree() -> None:
