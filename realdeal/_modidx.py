@@ -185,7 +185,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.emulator.private_frame': ('emulator.html#private_frame', 'realdeal/emulator.py'),
                                    'realdeal.emulator.read_recorded': ('emulator.html#read_recorded', 'realdeal/emulator.py'),
                                    'realdeal.emulator.requested': ('emulator.html#requested', 'realdeal/emulator.py'),
-                                   'realdeal.emulator.run_emulator': ('emulator.html#run_emulator', 'realdeal/emulator.py'),
                                    'realdeal.emulator.secret_of': ('emulator.html#secret_of', 'realdeal/emulator.py'),
                                    'realdeal.emulator.serve': ('emulator.html#serve', 'realdeal/emulator.py'),
                                    'realdeal.emulator.sign': ('emulator.html#sign', 'realdeal/emulator.py'),

@@ -189,16 +189,16 @@ def show(value: float | None, unit: str) -> str:
     if value is None or not math.isfinite(value): return '–'
     return {'fraction': f'{value * 100:.1f} %', 'ratio': f'{value:.2f}', 'ms': f'{value:.1f} ms'}[unit]
 
-# %% ../nbs/20_cards.ipynb #f95ecb50
+# %% ../nbs/20_cards.ipynb #fa5d7889
 MARKS: Mapping[str, str] = {'met': '✔', 'missed': '✘', 'not measured': '–'}
-BOARD_HEAD = ('KPI', 'value', '95 % interval', 'target', 'status', 'evidence', 'note')
+BOARD_HEAD = ('KPI', 'value', '95 % interval', 'target', 'status', 'evidence', 'source', 'note')
 
 def board_rows(board: Mapping[str, Any]) -> list[tuple[str, ...]]:
     "One row for each KPI, under BOARD_HEAD."
     def row(k: Mapping[str, Any]) -> tuple[str, ...]:
         between = ' to '.join(show(x, k['unit']) for x in k['interval']) if k['interval'] else ''
         bound = '≥' if k['better'] == 'high' else '≤'
-        return k['title'], show(k['value'], k['unit']), between, f'{bound} {show(k["target"], k["unit"])}', f'{MARKS[k["status"]]} {k["status"]}', k['evidence'], k['note']
+        return k['title'], show(k['value'], k['unit']), between, f'{bound} {show(k["target"], k["unit"])}', f'{MARKS[k["status"]]} {k["status"]}', k['evidence'], k['source'] or '–', k['note']
     return [row(k) for k in board['kpis'].values()]
 
 def board_text(board: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ __all__ = ['KEY_PREFIX', 'STATUS', 'ORDER_TYPE', 'PRIVATE', 'INTERVALS', 'KINDS'
            'Connection', 'Sent', 'Hub', 'Clock', 'Emulator', 'serve', 'Sockets', 'Query', 'Endpoint', 'Raw', 'Rest',
            'kline_page', 'spot_public', 'digits', 'market_info', 'best_of', 'ticker_24h', 'order_row', 'deal_row',
            'requested', 'spot_private', 'swap', 'open_interest', 'contract', 'contract_info', 'contract_ticker',
-           'control', 'read_recorded', 'run_emulator']
+           'control', 'read_recorded']
 
 # %% ../nbs/06_emulator.ipynb #4835d237
 KEY_PREFIX = 'emulator-'
@@ -759,7 +759,7 @@ def control(e: Emulator) -> dict[str, Endpoint]:
     return {'GET /emulator/status': Endpoint(0, status), 'GET /emulator/record': Endpoint(0, record), 'POST /emulator/step': Endpoint(0, step),
             'POST /emulator/run': Endpoint(0, run), 'POST /emulator/pause': Endpoint(0, pause)}
 
-# %% ../nbs/06_emulator.ipynb #45fa1e95
+# %% ../nbs/06_emulator.ipynb #9ff9daea
 def read_recorded(folder: Path, symbols: Sequence[str], start: int, end: int) -> tuple[dict[str, Candles], dict[str, Funding]]:
     "Recorded candles and funding of [start, end) (ms), for `Emulator(histories=..., funding=..., source='recorded')`."
     import polars as pl  # loaded on use
@@ -783,9 +783,3 @@ def read_recorded(folder: Path, symbols: Sequence[str], start: int, end: int) ->
         f = read(known, ['funding_rate'])
         rates[s] = Funding(s, f['time'].to_numpy().astype(np.int64), f['funding_rate'].to_numpy().astype(np.float64))
     return histories, rates
-
-async def run_emulator(port: int = 8765, **kw: Any) -> None:
-    "Serve `Emulator(**kw)` until cancelled, telling where."
-    async with serve(port, **kw) as e:
-        print(f'{e.source} market of {", ".join(e.tape.histories)} at {e.url}, for a client with realdeal.emulator.client_options({e.url!r})', flush=True)
-        await asyncio.Event().wait()
