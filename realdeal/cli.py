@@ -44,8 +44,9 @@ Market = Annotated[Kind, typer.Option(help='The simulated market.')]
 Hours = Annotated[int, typer.Option(help='Hours of paper trading at the end of the span.')]
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 
-# %% ../nbs/31_cli.ipynb #06713cb1
+# %% ../nbs/31_cli.ipynb #e7bfce64
 def _say(line: str) -> None: console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _note(line: str) -> None: errors.print(line, highlight=False, markup=False, soft_wrap=True)   # progress, where stdout is for a machine
 
 def _job(config: Path | None, source: Source, days: int, hours: int = 4, market: Kind = 'realistic', **overrides: dict[str, Any]) -> Any:
     "A Job of the settings with these overrides."
@@ -77,22 +78,32 @@ def run(source: SourceOf = 'recorded', days: Days = 365, hours: Hours = 6, marke
     asyncio.run(run_job(job))
     for line in what_to_open(job): _say(line)
 
-# %% ../nbs/31_cli.ipynb #38462fa0
-@app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 190[/], then [bold]realdeal ingest --status --source simulated[/]')
-def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 'realistic', status: Annotated[bool, typer.Option('--status', help='Print the ledger of the last feed.')] = False,
-        config: Config = None, as_json: Json = False) -> None:
-    "Fetch candles and funding into the store, or show what the last feed received and lost."
-    from realdeal.ingest import read_ledger
-    from realdeal.job import fetch_all
-    job = _job(config, source, days, 0, market)
-    if not status: asyncio.run(fetch_all(job))
+# %% ../nbs/31_cli.ipynb #d0241eac
+@app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 190[/], or [bold]realdeal ingest --follow --emulator http://127.0.0.1:8765[/], then [bold]realdeal ingest --status --emulator http://127.0.0.1:8765[/]')
+def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 'realistic', follow: Annotated[bool, typer.Option('--follow', help='Follow the live streams until told to stop, instead of fetching history.')] = False,
+        emulator: Annotated[str | None, typer.Option(help='With --follow or --status: base URL of an emulator; default: the venue of the settings.')] = None,
+        minutes: Annotated[int | None, typer.Option(min=1, help='With --follow: stop after so many minutes of market time.')] = None,
+        metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help='With --follow: serve Prometheus metrics on this port of 127.0.0.1.')] = None,
+        status: Annotated[bool, typer.Option('--status', help='Print the ledger of what was followed so far.')] = False, config: Config = None, as_json: Json = False) -> None:
+    "Fetch candles and funding into the store, follow the live streams, or show what they brought and lost."
+    from realdeal import ingest as feeding
+    s = read_settings(config)
+    if follow: told = asyncio.run(feeding.follow(s, emulator, minutes, metrics_port, _note if as_json else _say))
+    elif status: told = feeding.read_ledger(asyncio.run(feeding.live_store(s, emulator)))
     else:
-        told = read_ledger(job.store)
-        _say(json.dumps(told, indent=1) if as_json else _ledger_text(told))
+        from realdeal.job import fetch_all
+        return asyncio.run(fetch_all(_job(config, source, days, 0, market)))
+    _say(json.dumps(told, indent=1) if as_json else _ledger_text(told))
 
 def _ledger_text(told: dict[str, Any]) -> str:
-    lines = [f'{s}: ' + ', '.join(f'{k} {v:,}' for k, v in t.items()) for s, t in told['symbols'].items()]
-    return '\n'.join([*lines, ', '.join(f'{k} {v:,}' for k, v in told['connection'].items()), f'dropped {told["dropped"]} ({told["dropped_share"]:.4%}), still missing {told["still_missing"]}'])
+    def row(d: dict[str, Any]) -> str: return ', '.join(f'{k} {v:,}' for k, v in d.items()) or 'none'
+    lines = [f'dropped {told["dropped"]} of {told["minutes"] + told["dropped"]:,} minutes ({told["dropped_share"]:.4%}); {told["repaired"]:,} repaired by REST, {told["not_offered"]:,} not offered by the venue',
+        f'streams: {row(told["streams"])}; queue dropped {told["queue_dropped"]:,}', f'gaps: {row(told["gaps"])}; back after {told["reconnect_s"]["p50"]:.2f} s (median), {told["reconnect_s"]["max"]:.2f} s (longest)',
+        f'a frame takes {told["parse_ms"].get("p50", 0):.3f} ms (p50), {told["parse_ms"].get("p95", 0):.3f} ms (p95), {told["parse_ms"].get("p99", 0):.3f} ms (p99)',
+        f'clock alarms {told["skew_alarms"]}, errors of REST {told["rest_errors"]}, of the disk {told["disk_errors"]}']
+    for x, t in told['symbols'].items():
+        lines.append(f'{x}: {row(t["received"])}; duplicated {t["duplicated"]:,}, out of order {t["out_of_order"]:,}, late {t["late"]:,}, amended {t["amended"]:,}; known by {row(t["known"])}; doubts: {row(t["doubts"])}')
+    return '\n'.join(lines)
 
 @app.command('import', epilog='Example: [bold]realdeal import candles.csv --symbol BTC/USDT --venue binance[/]')
 def import_(path: Annotated[Path, typer.Argument(help='A .parquet or .csv file of minute candles.')], symbol: Annotated[str, typer.Option(help='Whose candles they are.')],
@@ -137,29 +148,36 @@ def kpi(source: SourceOf = 'recorded', config: Config = None, as_json: Json = Fa
     try: console.print(board_table(told))
     except (KeyError, TypeError, ValueError) as e: raise BadData(f'{file}: not a board: {type(e).__name__} {str(e).splitlines()[0]}') from None
 
-# %% ../nbs/31_cli.ipynb #697d4b7f
+# %% ../nbs/31_cli.ipynb #7d60766b
 @app.command(epilog='Example: [bold]realdeal emulator --market realistic --days 30 --speed 60 --port 8765[/]. Point a bot at it with the urls and keys it prints; '
-    'for ccxt: ccxt.pro.mexc(realdeal.emulator.client_options("http://127.0.0.1:8765"))')
+    'for ccxt: ccxt.pro.mexc(realdeal.wire.client_options("http://127.0.0.1:8765"))')
 def emulator(market: Market = 'realistic', source: Annotated[Literal['simulated', 'recorded'], typer.Option(help='Whose candles it serves.')] = 'simulated', symbols: Annotated[str, typer.Option(help='Comma-separated.')] = 'BTC/USDT,ETH/USDT',
         days: Annotated[int, typer.Option(help='Days of candles when --start and --end are not given.')] = 30, start: Annotated[int | None, typer.Option(help='First minute, ms UTC.')] = None,
         end: Annotated[int | None, typer.Option(help='End of the data, ms UTC.')] = None, now: Annotated[int | None, typer.Option(help='Market time at the start, ms UTC; default: a day before the end.')] = None,
         speed: Annotated[str, typer.Option(help="'step', or market seconds per wall second.")] = '1', data: Annotated[Path | None, typer.Option(help='Folder of recorded candles; default: REALDEAL_DATA.')] = None,
-        port: Annotated[int, typer.Option(min=0, max=65535, help='0: a free one.')] = 8765, seed: Annotated[int, typer.Option(min=0, help='Seed of market and emulator.')] = 7, as_json: Json = False) -> None:
+        port: Annotated[int, typer.Option(min=0, max=65535, help='0: a free one.')] = 8765, seed: Annotated[int, typer.Option(min=0, help='Seed of market and emulator.')] = 7,
+        trades_per_minute: Annotated[int | None, typer.Option(min=4, max=60_000, help='Trades of each minute; default: 8 to 24.')] = None, bursts: Annotated[int, typer.Option(min=0, help='Minutes of 20,000 trades, at places chosen by the seed.')] = 0,
+        bursts_after: Annotated[int | None, typer.Option(help='No burst before, ms UTC; default: --now.')] = None,
+        connection_age: Annotated[float | None, typer.Option(min=.1, help='Seconds a WebSocket connection may live; default: 24 hours.')] = None, ping_timeout: Annotated[float | None, typer.Option(min=.1, help='Seconds it may say nothing; default: 60.')] = None,
+        idle: Annotated[float | None, typer.Option(min=.1, help='Seconds without a subscription; default: 30.')] = None, subscriptions: Annotated[int | None, typer.Option(min=1, help='Subscriptions a connection; default: 30.')] = None,
+        listen_key_life: Annotated[float | None, typer.Option(min=.1, help='Seconds a listenKey lives; default: one hour.')] = None,
+        weight: Annotated[int | None, typer.Option(min=1, help='Request weight per endpoint in 10 s; default: 500.')] = None, as_json: Json = False) -> None:
     "A loopback exchange that speaks MEXC's REST and WebSocket, for any bot: accounts, matching, user stream, limits."
-    from realdeal.job import SIMULATED_START, serve_emulator
+    from realdeal.emulator import SIMULATED_START, Limits, serve_emulator
     from realdeal.types import DAY
     if speed != 'step' and not speed.replace('.', '', 1).isdigit(): raise BadSetting(f"--speed {speed}: expected 'step' or a number")
     first = SIMULATED_START if start is None else start
     last = first + days * DAY if end is None else end
     folder = data or (Path(os.environ['REALDEAL_DATA']) if 'REALDEAL_DATA' in os.environ else None)
     asyncio.run(serve_emulator(market=market, source=source, symbols=symbols.split(','), start=first, end=last, now=last - DAY if now is None else now,
-        speed=speed, folder=folder, port=port, seed=seed, as_json=as_json))
+        speed=speed, folder=folder, port=port, seed=seed, as_json=as_json, trades_per_minute=trades_per_minute, bursts=bursts, bursts_after=bursts_after,
+        limits=Limits(**_some(connection_age=connection_age, ping_timeout=ping_timeout, idle=idle, subscriptions=subscriptions, listen_key_life=listen_key_life, weight=weight))))
 
-# %% ../nbs/31_cli.ipynb #65dcca47
+# %% ../nbs/31_cli.ipynb #bdb4a5a5
 @app.command(epilog='Example: [bold]realdeal live --emulator http://127.0.0.1:8765 --minutes 60[/]')
 def live(emulator: Annotated[str | None, typer.Option(help="Base URL of an emulator; default: the venue of the settings.")] = None,
         minutes: Annotated[int | None, typer.Option(help='Stop after so many minutes of market time; default: run until told to stop.')] = None, config: Config = None, as_json: Json = False) -> None:
     "The runner: decides on live data and trades on paper (or on the emulator in stage testnet)."
     from realdeal.live import run_live
-    told = asyncio.run(run_live(read_settings(config), emulator, minutes, _say))
+    told = asyncio.run(run_live(read_settings(config), emulator, minutes, _note if as_json else _say))
     _say(json.dumps(told, indent=1) if as_json else f'{told["decisions"]} decisions, {told["missed"]} missed, {told["orders"]} orders, {told["failed_orders"]} failed')

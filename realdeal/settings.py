@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #d4a1e80b
+# %% ../nbs/02_settings.ipynb #39e1e981
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -36,6 +36,10 @@ class Data(Section):
     recorded_venue: Annotated[str, Field(pattern='^[a-z0-9_]+$')] = 'binance'
     rate_limit_ms: Annotated[int, Field(ge=1)] = 25
     close_grace_ms: Annotated[int, Field(ge=0)] = 2000
+    stream_silence: Annotated[float, Field(gt=0)] = 30
+    stream_age: Annotated[float, Field(gt=0, lt=86_400)] = 82_800
+    time_sync: Annotated[float, Field(gt=0)] = 60
+    verify_every: Annotated[int, Field(ge=1, le=60)] = 15
 
     @field_validator('symbols')
     @classmethod

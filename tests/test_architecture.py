@@ -13,7 +13,7 @@ from test_chapters import CHAPTERS, module_of
 
 REPO = Path(__file__).parent.parent
 RANK = {module_of(p): int(p.stem[:2]) for p in CHAPTERS}
-PURE = ("types", "provenance", "market", "venue", "features", "labels", "risk", "decide", "orders", "fills")
+PURE = ("types", "provenance", "market", "venue", "wire", "faults", "features", "labels", "risk", "decide", "orders", "fills")
 EDGES = {"os", "socket", "sqlite3", "aiohttp", "ccxt", "duckdb", "subprocess", "tempfile", "requests", "urllib", "asyncio", "time", "random", "shutil"}
 # scikit-learn is not in the list: LightGBM loads it by itself where it is installed, and the base install has none.
 HEAVY = ("torch", "lightning", "pytorch_forecasting", "vectorbt", "optuna", "shap", "matplotlib", "papermill", "realdeal.labels", "realdeal.lgbm", "realdeal.tft", "realdeal.backtest")
@@ -38,7 +38,8 @@ def test_imports_only_lower_numbers(module: str) -> None:
 
 @pytest.mark.parametrize("module", PURE)
 def test_pure_chapters_do_no_io(module: str) -> None:
-    assert not {n.split(".")[0] for n in imports(module)} & EDGES
+    # ccxt's message classes are data; its clients are an edge.
+    assert not {n.split(".")[0] for n in imports(module) if not n.startswith("ccxt.protobuf.")} & EDGES
     source = (REPO / "realdeal" / f"{module}.py").read_text()
     assert not re.search(r"(?<![\w.])open\(|\.now\(|\bprint\(", source)
 

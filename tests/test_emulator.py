@@ -4,10 +4,12 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlencode
 import aiohttp, ccxt.pro, numpy as np, pytest
 from ccxt.protobuf.mexc.PushDataV3ApiWrapper_pb2 import PushDataV3ApiWrapper
-from realdeal.emulator import Emulator, Limits, client_options, secret_of, serve, sign
-from realdeal.market import Candles, Trade, bar_of, generate
+from realdeal.emulator import SIMULATED_START, Emulator, Limits, emulator_process, serve
+from realdeal.faults import VENUE_FAULTS, lasts
+from realdeal.market import BURST, SUMS, Candles, Trade, bar_of, checksum, generate, trades_at
 from realdeal.types import DAY, MINUTE, BadData, MarketRules, Missing
 from realdeal.venue import BookShape, Fees, NewOrder, Venue, VenueError, exact
+from realdeal.wire import client_options, secret_of, sign
 
 START = 1_735_689_600_000
 NOW = START + DAY
@@ -391,7 +393,7 @@ async def test_the_running_bar_holds_only_what_was_traded():
     async with raw() as r:
         await r.step()
         _, (row,) = await r.ask('GET', '/api/v3/klines', symbol='BTCUSDT', interval='1m', limit=1, signed=False)
-        done = [t for t in r.e.tape.minute('BTC/USDT', r.e.clock.now) if t.time <= r.e.clock.now]
+        done = [t for t in r.e.tape.minute('BTC/USDT', r.e.clock.now).ticks if t.time <= r.e.clock.now]
         assert float(row[5]) == pytest.approx(sum(t.amount for t in done)) and float(row[5]) < HISTORIES['BTC/USDT'].bar(HISTORIES['BTC/USDT'].index_at(row[0])).volume
         assert [float(row[k]) for k in (1, 2, 3, 4)] == [done[0].price, max(t.price for t in done), min(t.price for t in done), done[-1].price]
 
@@ -446,3 +448,225 @@ async def test_during_a_halt_no_order_is_taken_but_one_can_be_cancelled():
         assert await r.code('DELETE', '/api/v3/order', symbol='BTCUSDT', orderId=placed['orderId']) == 200
         await r.step()
         assert (await r.order())[0] == 200
+
+
+# ---- faults
+
+ETH_DEALS, MINI, TICKER = DEALS.replace('BTC', 'ETH'), 'spot@public.miniTicker.v3.api.pb@BTCUSDT@UTC+8', 'spot@public.aggre.bookTicker.v3.api.pb@100ms@BTCUSDT'
+
+async def fault(r, name, **kw):
+    async with r.http.post(f'{r.e.url}/emulator/fault', params={'name': name, **kw}) as answer: return answer.status, await answer.json()
+
+async def ended(r, name):
+    "Wait until the venue says that the fault is over."
+    async with asyncio.timeout(5):
+        while name in r.e.status()['faults']['on']: await asyncio.sleep(.02)  # noqa: ASYNC110
+
+async def pong(ws, acks):
+    "Is a ping answered?"
+    before = len(acks)
+    await ws.send_json({'method': 'PING'})
+    await asyncio.sleep(.1)
+    return len(acks) > before
+
+
+@pytest.mark.parametrize('name,code', [('drop', 1006), ('close', 1001)])
+async def test_all_connections_end(name, code):
+    async with raw() as r, r.stream(DEALS) as (_, _, one), r.stream(KLINE) as (_, _, other):
+        told = (await fault(r, name))[1]['faults']
+        await asyncio.sleep(.2)
+        assert [ws.close_code for ws in (one, other)] == [code, code] and told == {'on': [], 'came': {name: 1}, 'bit': {name: 2}}
+        assert r.e.hub.connections == [] and r.e.hub.listeners == {}
+        async with r.stream(DEALS) as (frames, _, _):
+            await r.step()
+            assert frames
+
+
+async def test_a_half_open_connection_is_silent_until_it_is_dropped():
+    async with raw() as r, r.stream(DEALS) as (dead, acks, ws):
+        await fault(r, 'half_open')
+        async with r.stream(DEALS) as (frames, others, alive):
+            await r.step()
+            assert frames and not dead and not await pong(ws, acks) and await pong(alive, others) and not ws.closed
+            await ws.ping()
+            with pytest.raises(TimeoutError): await asyncio.wait_for(ws.close(), .3)  # not even a close frame is answered
+            assert len(r.e.hub.connections) == 2 and r.e.status()['faults']['bit']['half_open'] == len(frames)
+            await fault(r, 'drop')
+            await asyncio.sleep(.3)
+            assert r.e.hub.connections == []
+
+
+async def test_a_dead_connection_is_given_up_when_the_client_has_gone():
+    async with raw() as r, r.http.ws_connect(r.e.ws_url) as ws:
+        await ws.send_json({'method': 'SUBSCRIPTION', 'params': [DEALS]})
+        await ws.receive()
+        await fault(r, 'half_open')
+        ws._response.connection.transport.abort()
+        await asyncio.sleep(.3)
+        assert r.e.hub.connections == [] and r.e.hub.listeners == {}
+
+
+@pytest.mark.parametrize('name,silent', [('mute', [True, True, True]), ('deaf', [True, False, False])])
+async def test_what_is_not_sent_is_lost(name, silent):
+    async with raw() as r, r.stream(DEALS, ETH_DEALS, KLINE) as (frames, acks, ws):
+        await fault(r, name, seconds=.5, seed=4)
+        assert (await r.step())[0] == 200 and await pong(ws, acks)
+        heard = {f.channel for f in parsed(frames)}
+        deaf = r.e.hub.faults.lasting[name].target or DEALS
+        assert deaf in (DEALS, ETH_DEALS) and [ch not in heard for ch in (deaf, ({DEALS, ETH_DEALS} - {deaf}).pop(), KLINE)] == silent
+        lost = r.e.status()['frames'] - len(frames)
+        assert lost == r.e.status()['faults']['bit'][name] > 0
+        await ended(r, name)
+        await r.step()
+        assert {f.channel for f in parsed(frames)} == {DEALS, ETH_DEALS, KLINE} and r.e.status()['frames'] - len(frames) == lost
+
+
+@pytest.mark.parametrize('name', ['malformed', 'duplicate', 'late', 'reorder'])
+async def test_frames_are_spoiled_and_nothing_else_is_lost(name):
+    async with raw() as calm, calm.stream(DEALS, KLINE, DEPTH) as (clean, _, _): await calm.step(2)
+    async with raw() as r, r.stream(DEALS, KLINE, DEPTH) as (frames, _, _):
+        await fault(r, name, seconds=.6, seed=5)
+        await r.step()
+        during = len(frames)
+        await ended(r, name)
+        await r.step()
+        await asyncio.sleep(2 if name == 'late' else 0)
+        bit = r.e.status()['faults']['bit'][name]
+        assert frames != clean
+        if name == 'malformed':
+            wrong = [k for k, f in enumerate(frames) if f != clean[k]]
+            assert len(frames) == len(clean) and len(wrong) == bit > 3 and max(wrong) < during
+        if name == 'duplicate': assert frames == [f for f in clean[:during // 2] for _ in range(2)] + clean[during // 2:] and 2 * bit == during > 0
+        if name in ('late', 'reorder'): assert sorted(frames) == sorted(clean) and bit > 3
+
+
+async def test_a_refused_subscription_and_a_refused_handshake():
+    async with raw() as r:
+        await fault(r, 'refuse', seconds=.3)
+        async with r.stream(DEALS) as (_, acks, ws):
+            assert json.loads(acks[0])['msg'] == f'Not Subscribed successfully! [{DEALS}].  Reason： Blocked! '
+            await ended(r, 'refuse')
+            await ws.send_json({'method': 'SUBSCRIPTION', 'params': [DEALS]})
+            await asyncio.sleep(.1)
+            assert json.loads(acks[-1])['msg'] == DEALS
+        await fault(r, 'no_connect', seconds=.5, seed=1)
+        met = []
+        for _ in range(12):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as e: await r.http.ws_connect(r.e.ws_url)
+            met.append((e.value.status, e.value.headers.get('Retry-After')))
+        assert set(met) == {(503, None), (429, '1')}
+        await ended(r, 'no_connect')
+        async with r.stream(DEALS): pass
+
+
+@pytest.mark.parametrize('name,status,retry,body', [
+    ('http_429', 429, '1', '{'), ('http_418', 418, '2', 'Banned'), ('http_500', 500, None, '{"code": 500'), ('http_503', 503, None, 'S'), ('html_200', 200, None, '<!DOCTYPE html>'),
+    ('truncated_200', 200, None, '[['), ('empty_200', 200, None, '[]')])
+async def test_public_rest_answers_wrongly(name, status, retry, body):
+    async with raw() as r:
+        url = f'{r.e.url}/api/v3/klines?symbol=BTCUSDT&interval=1m&limit=10'
+        async def ask():
+            async with r.http.get(url) as answer: return answer.status, answer.headers.get('Retry-After'), await answer.text()
+        good = await ask()
+        await fault(r, name, seconds=.2)
+        bad = await ask()
+        assert bad[:2] == (status, retry) and bad[2].startswith(body) and bad[2] != good[2]
+        assert (await r.ask('GET', '/api/v3/account'))[0] == 200 and r.e.status()['faults']['bit'][name] == 1  # what is signed is not public
+        await ended(r, name)
+        assert await ask() == good
+
+
+@pytest.mark.parametrize('name,error', [('http_429', ccxt.RateLimitExceeded), ('http_418', ccxt.DDoSProtection), ('http_500', ccxt.ExchangeError), ('http_503', ccxt.ExchangeNotAvailable), ('contract_down', ccxt.ExchangeNotAvailable)])
+async def test_the_real_client_meets_the_fault(name, error):
+    async with raw() as r:
+        x = ccxt.pro.mexc({**client_options(r.e.url), 'enableRateLimit': False})
+        try:
+            await x.load_time_difference()
+            await fault(r, name, seconds=.3)
+            with pytest.raises(error): await x.load_markets(reload=True)
+            if name == 'contract_down': assert await x.fetch_time() == r.e.clock.now
+            await ended(r, name)
+            assert 'BTC/USDT' in await x.load_markets(reload=True)
+        finally: await x.close()
+
+
+async def test_the_clock_is_wrong_where_it_is_told_and_where_it_is_checked():
+    async with raw() as r, r.stream(DEALS) as (frames, _, _):
+        async def told(): return (await r.ask('GET', '/api/v3/time', signed=False))[1]['serverTime']
+        await fault(r, 'skew', seconds=.6)
+        assert await told() == NOW + 5000 and await r.code('GET', '/api/v3/account', stamp=-1) == (400, 700003) and await r.code('GET', '/api/v3/account', stamp=5000) == 200
+        await r.step()
+        assert max(f.sendTime for f in parsed(frames)) <= r.e.clock.now
+        await ended(r, 'skew')
+        assert await told() == r.e.clock.now and await r.code('GET', '/api/v3/account') == 200
+
+
+async def test_every_fault_of_the_venue_can_be_started_and_nonsense_cannot():
+    async with raw() as r:
+        for name in VENUE_FAULTS: assert (await fault(r, name, **({'seconds': 30} if lasts(name) else {})))[0] == 200
+        assert r.e.status()['faults']['came'] == dict.fromkeys(VENUE_FAULTS, 1) and set(r.e.status()['faults']['on']) == {n for n in VENUE_FAULTS if lasts(n)}
+        for name, seconds in (('rain', 1), ('kill', 1), ('mute', 0), ('mute', -1), ('mute', 1e9)): assert (await fault(r, name, seconds=seconds))[0] == 409
+        assert (await fault(r, 'mute', seconds='soon'))[0] == 400
+
+
+# ---- a busy market, and the truth about it
+
+async def test_every_trade_of_a_burst_arrives_and_can_be_asked_for():
+    busy = {'BTC/USDT': {NOW + MINUTE: BURST}}
+    async with raw(busy=busy) as r, r.stream(DEALS, KLINE, DEPTH, TICKER, MINI, ETH_DEALS) as (frames, _, _):
+        began = time.monotonic()
+        await r.step(4)
+        assert time.monotonic() - began < 15
+        async with asyncio.timeout(10):
+            while len(frames) < r.e.status()['frames']: await asyncio.sleep(.05)  # noqa: ASYNC110
+        truth = {}
+        for s in ('BTCUSDT', 'ETHUSDT'):
+            async with r.http.get(f'{r.e.url}/emulator/minutes', params={'symbol': s, 'start': NOW, 'end': NOW + DAY}) as answer: truth[s] = await answer.json()
+        x = ccxt.pro.mexc({**client_options(r.e.url), 'enableRateLimit': False})
+        x.session = r.http
+        try:
+            await x.load_time_difference()
+            await x.load_markets()
+            paged, since = [], NOW + MINUTE
+            while page := await x.fetch_trades('BTC/USDT', since, 1000, {'until': NOW + 3 * MINUTE - 1}): paged, since = paged + page, page[-1]['timestamp'] + 1
+        finally: await x.close()
+    assert [t[0] for t in truth['BTCUSDT']] == [NOW + k * MINUTE for k in (1, 2, 3)] and truth['BTCUSDT'][0][1] == BURST > truth['BTCUSDT'][1][1]
+    heard = {'BTCUSDT': {}, 'ETHUSDT': {}}
+    for f in parsed(frames):
+        for d in f.publicAggreDeals.deals: heard[f.symbol].setdefault(d.time - d.time % MINUTE, []).append((d.time, float(d.price), float(d.quantity), d.tradeType == 1))
+    asked = {}
+    for t in paged: asked.setdefault(t['timestamp'] - t['timestamp'] % MINUTE, []).append((t['timestamp'], t['price'], t['amount'], t['side'] == 'buy'))
+    for s, rows in truth.items():
+        for opened, n, total, *ohlcv in rows:
+            c = HISTORIES[s.replace('USDT', '/USDT')]
+            bar = c.bar(c.index_at(opened))
+            assert ohlcv == [bar.open, bar.high, bar.low, bar.close, bar.volume]
+            for found in (heard[s][opened], asked[opened] if s == 'BTCUSDT' and opened in asked else heard[s][opened]):
+                assert (len(found), sum(checksum(*t) for t in found) % SUMS) == (n, total)
+    assert set(asked) == {NOW + MINUTE, NOW + 2 * MINUTE}
+
+
+async def test_the_truth_is_what_happened_whatever_was_sent():
+    halted = steps(*[60_000] * 6)['BTC/USDT'].take(np.array([True, True, False, True, True, True]))
+    async with raw(histories={'BTC/USDT': halted}, now=START + 30_000) as r:
+        async def minutes(**kw): return (await r.ask('GET', '/emulator/minutes', signed=False, **{'symbol': 'BTCUSDT', **kw}))[1]
+        await fault(r, 'mute', seconds=30)
+        assert await minutes() == []
+        await r.step(4)
+        rows = await minutes()
+        assert [row[0] for row in rows] == [START + k * MINUTE for k in (1, 3)]  # the first was over half when we came, the halt was not offered, the last is not over
+        ticks = trades_at(r.e.tape, 'BTC/USDT', r.e.clock.now, START + MINUTE, START + 2 * MINUTE - 1, 1000)
+        assert rows[0][1:] == [len(ticks), sum(checksum(t.time, t.price, t.amount, t.is_buy) for t in ticks) % SUMS, 60_000, 60_000, 60_000, 60_000, 100]
+        assert await minutes(start=START + 2 * MINUTE) == rows[1:] and await minutes(end=START + 2 * MINUTE) == rows[:1]
+        assert (await r.ask('GET', '/emulator/minutes', signed=False, symbol='X'))[0] == 400
+
+
+async def test_a_process_of_its_own_with_limits_of_its_own():
+    args = ['--days', '2', '--bursts', '1', '--speed', 'step', '--connection-age', '5', '--subscriptions', '3', '--weight', '4', '--now', str(SIMULATED_START + DAY), '--end', str(SIMULATED_START + DAY + 3 * MINUTE)]
+    async with emulator_process(args) as url, aiohttp.ClientSession() as http:
+        async with http.post(f'{url}/emulator/step', params={'minutes': 3}) as r: told = await r.json()
+        assert {k: told['limits'][k] for k in ('connection_age', 'subscriptions', 'weight', 'idle')} == {'connection_age': 5., 'subscriptions': 3, 'weight': 4, 'idle': 30.}
+        trades = []
+        for s in ('BTCUSDT', 'ETHUSDT'):
+            async with http.get(f'{url}/emulator/minutes', params={'symbol': s}) as r: trades += [row[1] for row in await r.json()]
+        assert len(trades) == 4

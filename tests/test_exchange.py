@@ -9,12 +9,13 @@ import pytest
 from aiohttp import web
 
 from realdeal.broker import CcxtBroker
-from realdeal.emulator import Emulator, Limits, client_options, serve
+from realdeal.emulator import Emulator, Limits, serve
 from realdeal.exchange import Clock, Exchange
 from realdeal.job import SIMULATED_START
 from realdeal.market import funding, generate
 from realdeal.settings import Settings
 from realdeal.types import DAY, HOUR, MINUTE, BadSetting, Intent, OrderStatus, Refused, Retry
+from realdeal.wire import client_options
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT")
 NOW = SIMULATED_START + DAY

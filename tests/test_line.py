@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from conftest import Demo
 
-from realdeal.emulator import client_options, serve
+from realdeal.emulator import serve
 from realdeal.ensemble import EnsemblePredictor, load_predictor
 from realdeal.exchange import Clock, Exchange
-from realdeal.ingest import Tally
 from realdeal.job import SIMULATED_START, check_parity, market_rules, paper_key, session_file
 from realdeal.live import Runner, remember, run_steps
 from realdeal.market import funding, generate
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, Intent, OrderStatus, Refused, slug
+from realdeal.wire import client_options
 
 DAYS, SYMBOLS = 12, ("BTC/USDT", "ETH/USDT")
 NOW = SIMULATED_START + (DAYS - 1) * DAY
@@ -53,9 +53,9 @@ async def test_line(demo: Demo, tmp_path: Path) -> None:
         md = runner.feed.md(symbol)
         assert md.stale(runner.venue.clock.now(), DAY) == (), "every field of md is known"
         assert 0 < md.spread.value < 0.01 and 0 < md.vol.value < 0.05
-        tally: Tally = runner.feed.tally[symbol]
-        assert tally.final == 120 and tally.missing == 0
-        assert tally.trades == sum(r["trades"] for r in record[slug(symbol)].values()), "every trade that was sent arrived"
+        tally = runner.feed.symbols[symbol].tally
+        assert sum(tally.known.values()) == 120 and runner.feed.missing() == 0
+        assert tally.received["trades"] == sum(r["trades"] for r in record[slug(symbol)].values()), "every trade that was sent arrived"
     intents = {r["client_id"]: r["body"] for r in runner.journal.rows("intents")}
     assert intents and set(intents) == set(books), "what was meant is what the venue has: nothing twice, nothing forgotten"
     for fill in runner.journal.rows("fills"): assert fill["client_id"] in books
