@@ -80,7 +80,7 @@ def agree(built: Bar | None, told: Bar | Candle) -> bool:
     if built is None: return told.volume == 0
     return (built.open, built.high, built.low, built.close) == (told.open, told.high, told.low, told.close) and abs(built.volume - told.volume) <= 1.5e-8 + 1e-12 * told.volume
 
-# %% ../nbs/13_feed.ipynb #b8f87dd9
+# %% ../nbs/13_feed.ipynb #31f1231c
 @dataclass(slots=True)
 class Forming:
     "What is heard of the minute that opened at `time`; `cause`: why some of it may be missing."
@@ -105,8 +105,9 @@ class Forming:
         return True
 
     def prints(self) -> tuple[Print, ...]:
-        "The trades in order of time; within a millisecond by id where ids are numbers, else as they came."
-        return tuple(sorted(self.trades.values(), key=lambda t: (t.time, int(t.id) if t.id.isdigit() else 0)))
+        "The trades in order of time; within a millisecond by id where every id is a number, else as they came."
+        numbered = all(t.id.isdecimal() for t in self.trades.values())
+        return tuple(sorted(self.trades.values(), key=lambda t: (t.time, len(t.id), t.id) if numbered else (t.time,)))
 
 # %% ../nbs/13_feed.ipynb #0a460edc
 @dataclass

@@ -28,12 +28,12 @@ from .types import DAY, MINUTE, BadSetting, MarketRules, Missing, Refused, Signa
 from .wire import client_options
 
 # %% auto #0
-__all__ = ['Job', 'imported_folder', 'import_candles', 'open_venue', 'code_hash', 'Steps', 'fetch', 'market_rules', 'read_panel',
-           'job_blocks', 'provenance_of', 'train', 'session_file', 'trade_on_paper', 'prediction_ms', 'only',
-           'check_parity', 'judge', 'training', 'draw', 'train_key', 'paper_key', 'fetch_all', 'run_job',
-           'what_to_open']
+__all__ = ['Job', 'key_of', 'imported_folder', 'import_candles', 'open_venue', 'code_hash', 'Steps', 'fetch', 'market_rules',
+           'read_panel', 'job_blocks', 'provenance_of', 'origin_of', 'train', 'session_file', 'trade_on_paper',
+           'prediction_ms', 'only', 'check_parity', 'judge', 'training', 'draw', 'held', 'draw_quality', 'train_key',
+           'paper_key', 'fetch_all', 'run_job', 'what_to_open']
 
-# %% ../nbs/30_job.ipynb #ea417a88
+# %% ../nbs/30_job.ipynb #ff25af94
 @dataclass(frozen=True)
 class Job:
     "`days` of candles, the last settings.model.test_days of which are the test; `hours` of paper trading at the very end."
@@ -51,12 +51,7 @@ class Job:
         if self.source == 'recorded' and self.recorded is None: raise Missing('recorded candles: set REALDEAL_DATA to their folder, or `realdeal import` some')
 
     @property
-    def key(self) -> StoreKey:
-        imported = self.recorded is not None and self.recorded == imported_folder(self.s, self.s.data.recorded_venue)
-        names = {'simulated': ('emulator', f'{self.market}-{self.s.run.seed}'), 'recorded': (self.s.data.recorded_venue, 'imported' if imported else 'spot'), 'exchange': (self.s.data.venue, 'spot')}
-        venue, market = names[self.source]
-        return StoreKey(source=self.source, venue=venue, market=market)
-
+    def key(self) -> StoreKey: return key_of(self.s, self.source, self.market, self.recorded)
     @property
     def places(self) -> Places: return places(self.s, self.source)
     @property
@@ -70,6 +65,13 @@ class Job:
         return min(_last_minute(self.recorded, x) for x in self.s.data.symbols) // DAY * DAY
 
     def span(self) -> tuple[int, int]: return self.end() - self.days * DAY, self.end()
+
+def key_of(s: Settings, source: Source, market: Kind, recorded: Path | None) -> StoreKey:
+    "Which store the candles of `source` stand in; `recorded`: the folder they were recorded in."
+    imported = recorded is not None and recorded == imported_folder(s, s.data.recorded_venue)
+    names = {'simulated': ('emulator', f'{market}-{s.run.seed}'), 'recorded': (s.data.recorded_venue, 'imported' if imported else 'spot'), 'exchange': (s.data.venue, 'spot')}
+    venue, name = names[source]
+    return StoreKey(source=source, venue=venue, market=name)
 
 def imported_folder(s: Settings, venue: str) -> Path:
     "Where `realdeal import` keeps the candles recorded at `venue`, in the layout of a recorded folder."
@@ -139,7 +141,7 @@ class Steps:
         write_atomic(self.file, json.dumps(self.done, indent=1) + '\n')
         self.say(f'{name}: done in {time.monotonic() - began:.1f} s')
 
-# %% ../nbs/30_job.ipynb #45e9d912
+# %% ../nbs/30_job.ipynb #774b3f12
 async def fetch(job: Job, venue: Exchange, upto: int) -> None:
     "Candles and funding of all symbols from the job's start until `upto` into the store."
     start, _ = job.span()
@@ -166,10 +168,14 @@ def job_blocks(job: Job) -> Blocks:
 
 def provenance_of(job: Job, start: int, end: int, trials: int = 0, model: str = '') -> Provenance:
     "The provenance of something made of the job's candles of [start, end), by `model` if it was a model's doing."
-    k = job.key
-    derived = () if job.source == 'exchange' else ('trades', 'book', 'spread', 'open interest')
-    return Provenance(source=k.source, venue=k.venue, market=k.market, symbols=job.s.data.symbols, start=start, end=end, data_hash=job.store.data_hash(job.s.data.symbols, start, end),
-        settings_hash=job.s.hash, seed=job.s.run.seed, commit=code_version(Path(cards.__file__).parent), trials=trials, derived=derived, model=model)
+    return origin_of(job.s, job.store, job.s.data.symbols, start, end, trials, model)
+
+def origin_of(s: Settings, store: Store, symbols: Sequence[str], start: int, end: int, trials: int = 0, model: str = '') -> Provenance:
+    "The same for candles of `symbols` in any store."
+    k = store.key
+    derived = () if k.source == 'exchange' else ('trades', 'book', 'spread', 'open interest')
+    return Provenance(source=k.source, venue=k.venue, market=k.market, symbols=tuple(symbols), start=start, end=end, data_hash=store.data_hash(symbols, start, end),
+        settings_hash=s.hash, seed=s.run.seed, commit=code_version(Path(cards.__file__).parent), trials=trials, derived=derived, model=model)
 
 # %% ../nbs/30_job.ipynb #c9ed2ec1
 def train(job: Job) -> None:
@@ -345,6 +351,27 @@ def draw(job: Job, symbols: Sequence[str] | None = None) -> list[Path]:
     if not symbols:
         jobs += [cards.Job(here / 'model_card.ipynb', out / 'model_cards' / f'{f.stem}.html', {'card': str(f)}, job.s, job.source, text=True) for f in sorted((job.places.data / 'cards').glob('*.json'))]
     return cards.execute_reports(jobs, job.say)
+
+# %% ../nbs/30_job.ipynb #117ecb0b
+def held(store: Store, symbol: str) -> tuple[int, int]:
+    "The first minute of `symbol` in the store and the end of its last one (ms); Missing without any."
+    t = store.read(symbol, 0, 2 ** 62)['time']
+    if t.is_empty(): raise Missing(f'{store.folder}: no minute of {symbol}; bring some with `realdeal ingest`')
+    return int(t[0]), int(t[-1]) + MINUTE
+
+def draw_quality(s: Settings, store: Store, symbols: Sequence[str] | None = None, days: int = 90, say: Callable[[str], None] = print) -> list[Path]:
+    "The data quality pages of `symbols` (default: all of the settings) over the last `days` days (UTC, the one that is not over included) of the store."
+    for x in symbols or ():
+        if x not in s.data.symbols: raise BadSetting(f'--symbol {x}: not one of {", ".join(s.data.symbols)}')
+    spans, key = {x: held(store, x) for x in symbols or s.data.symbols}, store.key
+    end = max(b for _, b in spans.values())
+    since = ((end - 1) // DAY + 1 - days) * DAY
+    now = int(time.time() * 1000) if key.source == 'exchange' else 0
+    def job(x: str) -> cards.Job:
+        first = max(spans[x][0], since)
+        told = {'store': store.root.resolve(), **key.model_dump(), 'symbol': x, 'start': first, 'end': end, 'now': now, 'origin': origin_of(s, store, [x], first, end).model_dump_json()}
+        return cards.Job(s.home / s.project.nbs_path / 'reports' / 'quality.ipynb', places(s, key.source).reports / 'quality' / f'{slug(x)}.html', told, s, key.source, f'{x}: data quality', text=True)
+    return cards.execute_reports([job(x) for x in spans], say)
 
 # %% ../nbs/30_job.ipynb #a4990cfb
 def train_key(job: Job) -> str:

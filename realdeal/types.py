@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 # %% auto #0
 __all__ = ['MINUTE', 'HOUR', 'DAY', 'Origin', 'Proof', 'Side', 'BuySell', 'OrderKind', 'Liquidity', 'RealdealError', 'Retry',
-           'BackOff', 'Stop', 'BadSetting', 'BadData', 'Missing', 'Refused', 'Rejected', 'slug', 'Bar', 'Observed',
-           'MarketData', 'Print', 'Minute', 'Signal', 'Account', 'Snapshot', 'Decision', 'Intent', 'OrderStatus',
-           'Order', 'Fill', 'settle', 'MarketRules', 'as_dict']
+           'BackOff', 'Stop', 'BadSetting', 'BadData', 'Missing', 'Refused', 'Rejected', 'NotWritten', 'slug', 'Bar',
+           'Observed', 'MarketData', 'Print', 'Minute', 'Signal', 'Account', 'Snapshot', 'Decision', 'Intent',
+           'OrderStatus', 'Order', 'Fill', 'settle', 'MarketRules', 'as_dict']
 
 # %% ../nbs/01_types.ipynb #dcc9f919
 MINUTE = 60_000   # ms
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 
-# %% ../nbs/01_types.ipynb #352ea23e
+# %% ../nbs/01_types.ipynb #1425474c
 class RealdealError(Exception):
     """What every error of ours is.
 
@@ -33,7 +33,8 @@ class RealdealError(Exception):
         ├── BadData      a candle, a file or a body breaks a rule
         ├── Missing      a model, a report or data that should be there is not
         ├── Refused      we could, but must not: a guard of ours says no
-        └── Rejected     the venue says no
+        ├── Rejected     the venue says no
+        └── NotWritten   the disk takes nothing; what was there before still is
     """
     exit_code = 1
 
@@ -49,6 +50,7 @@ class BadData(Stop): exit_code = 65
 class Missing(Stop): exit_code = 66
 class Refused(Stop): exit_code = 77
 class Rejected(Stop): exit_code = 76
+class NotWritten(Stop): exit_code = 73
 
 # %% ../nbs/01_types.ipynb #ae82f269
 def slug(symbol: str) -> str:

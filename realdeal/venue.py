@@ -132,7 +132,7 @@ class Ledger:
         self.account(key)[asset] = new
         return BalanceChange(key, asset, *new, free, locked, reason, time)
 
-# %% ../nbs/05_venue.ipynb #ba81665f
+# %% ../nbs/05_venue.ipynb #87ceb6ed
 Level = tuple[Decimal, Decimal]  # price, amount
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,7 @@ class DerivedBook:
         self.tick, self.lot = exact(rules.tick), exact(rules.lot)
         self.version, self.last, self.step, self.usual = 0, ZERO, ZERO, 0.0
         self.taken: dict[tuple[Side, Decimal], Decimal] = {}
+        self._sizes: dict[str, Decimal] = {}  # computed before, by side and price as it is written
         self._seen = Depth(0, (), ())
 
     def trade(self, price: float) -> None:
@@ -175,8 +176,12 @@ class DerivedBook:
 
     def size(self, side: Side, price: Decimal) -> Decimal:
         "Amount in base at `price`: between 0.2 and 1.8 of the usual size, less what was taken."
-        full = exact(self.usual * (.2 + 1.6 * crc32(f'{self.name}{side}{price}'.encode()) / 2 ** 32)).quantize(self.lot, ROUND_DOWN)
-        return max(full, self.lot) - self.taken.get((side, price), ZERO)
+        level = f'{side}{price}'
+        if level not in self._sizes:
+            if len(self._sizes) > 10_000: self._sizes.clear()
+            full = exact(self.usual * (.2 + 1.6 * crc32(f'{self.name}{level}'.encode()) / 2 ** 32)).quantize(self.lot, ROUND_DOWN)
+            self._sizes[level] = max(full, self.lot)
+        return self._sizes[level] - self.taken[side, price] if (side, price) in self.taken else self._sizes[level]
 
     def side(self, side: Side) -> Iterator[Level]:
         "Levels from the best outward; empty ones are left out."

@@ -506,6 +506,15 @@ async def test_a_dead_connection_is_given_up_when_the_client_has_gone():
         assert r.e.hub.connections == [] and r.e.hub.listeners == {}
 
 
+async def test_a_dead_connection_does_not_grow_older_than_others_and_ends_without_a_word():
+    async with raw(limits=Limits(connection_age=.5)) as r, r.stream(DEALS) as (_, _, ws):
+        await fault(r, 'half_open')
+        await asyncio.sleep(.3)
+        assert len(r.e.hub.connections) == 1
+        await asyncio.sleep(.5)
+        assert r.e.hub.connections == [] and ws.close_code == 1006
+
+
 @pytest.mark.parametrize('name,silent', [('mute', [True, True, True]), ('deaf', [True, False, False])])
 async def test_what_is_not_sent_is_lost(name, silent):
     async with raw() as r, r.stream(DEALS, ETH_DEALS, KLINE) as (frames, acks, ws):
