@@ -2,28 +2,35 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ccxt.pro
 import numpy as np
 import polars as pl
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.load import Market
 from realdeal.backtest import accounts, fold, tape, vectorbt_accounts
 from realdeal.ensemble import TftMember
+from realdeal.exchange import Clock, Exchange
 from realdeal.features import KNOWN, NAMES, STEP, WARMUP_MINUTES, Panel, panel
 from realdeal.market import funding, generate
 from realdeal.settings import Settings
 from realdeal.store import Store, StoreKey
+from realdeal.streams import Connection, Streams
 from realdeal.tft import export_onnx, fit_tft
 from realdeal.types import DAY, MINUTE, Account, MarketRules, Signal
 
@@ -47,7 +54,50 @@ def signals(p: Panel) -> list[Signal]:
     return [Signal(p.symbols[g], int(t), 0.6, "long" if rng.random() < 0.05 else "flat", 0.2) for g, t in zip(p.group, p.times, strict=True)]
 
 
+def spot(client: Any) -> Any:
+    """`client` of ccxt with one market, as if it had been loaded."""
+    market = {"id": "BTCUSDT", "symbol": "BTC/USDT", "base": "BTC", "quote": "USDT", "spot": True, "type": "spot", "precision": {"amount": 1e-6, "price": 0.01}}
+    client.set_markets([client.safe_market_structure(market)])
+    return client
+
+
+def handlers() -> Iterator[Pair]:
+    """What a frame of MEXC's costs from its bytes: until its events stand in our queue and are taken from it, and until ccxt's own handler has it in its caches."""
+    made = Market("BTC/USDT", 61_837.63, 7)
+    made.turn(START)
+    venue, theirs = Exchange(Settings(), clock=Clock(rate=0)), spot(ccxt.pro.mexc())
+    spot(venue.client)
+    venue.clock.set(START)
+    live = Streams(venue, ["BTC/USDT"])
+    mine, socket = Connection(live, "ws://loopback", ("BTC/USDT",), ()), asyncio.run(socket_of(theirs))
+
+    def ours(frames: list[bytes]) -> None:
+        for f in frames: live.frame(mine, f)
+        while live.inbox.take(): pass
+        assert not live.counts["malformed"]
+
+    def ccxts(frames: list[bytes]) -> None:
+        theirs.orderbooks["BTC/USDT"] = theirs.order_book({"nonce": 0})
+        for f in frames: theirs.handle_message(socket, f)
+
+    kinds = {"10,000 trades, one a frame": [made.deals(START, 1) for _ in range(10_000)], "10,000 trades, ten a frame": [made.deals(START, 10) for _ in range(1000)],
+             "5,000 running candles": [made.kline(START) for _ in range(5000)], "5,000 best prices": [made.ticker(START) for _ in range(5000)]}
+    made = Market("BTC/USDT", 61_837.63, 7)
+    made.turn(START)
+    kinds["1,000 changes of ten levels"] = [made.depth(START) for _ in range(1000)]
+    kinds["5,000 frames, mixed"] = [getattr(made, k)(START) for k in random.Random(7).choices(["deals", "depth", "ticker", "kline"], [40, 20, 26, 14], k=5000)]
+    for work, told in kinds.items(): yield f"{work}, through the handler", "realdeal", lambda told=told: ours(told), "ccxt", lambda told=told: ccxts(told)  # type: ignore[misc]
+
+
+async def socket_of(client: Any) -> Any:
+    """ccxt's own object for a socket, not connected."""
+    made = client.client("ws://loopback")
+    await client.close()
+    return made
+
+
 def pairs() -> Iterator[Pair]:
+    yield from handlers()
     candles, s = frames(), Settings()
     known = {k: rates(k) for k in candles}
     window = {k: c.tail(WARMUP_MINUTES) for k, c in candles.items()}

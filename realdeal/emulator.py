@@ -57,7 +57,7 @@ class Throttle:
         self.spent[endpoint, client] = since, spent + weight
         return 0.0
 
-# %% ../nbs/08_emulator.ipynb #961ad1a7
+# %% ../nbs/08_emulator.ipynb #2de856ca
 @dataclass(eq=False)
 class Connection:
     "One socket; `key` is the API key of its listenKey, empty for a public one; a `dead` one is open and silent."
@@ -129,15 +129,10 @@ class Hub:
     async def send(self, c: Connection, channel: str, data: bytes) -> None:
         "Send one frame on one socket, as far as the faults of the moment let it."
         if c.dead: return self.faults.hit('half_open')
-        if not self.faults.lasting: return await self._write(c, data)
+        if not self.faults.lasting: return await self.write(c, data)
         for delay, part in c.filter.frames(channel, data):
             if delay: self.start(self._write_late(delay, c, part))
-            else: await self._write(c, part)
-
-    async def flush(self) -> None:
-        "Send what waits to be shuffled."
-        for c in list(self.connections):
-            for part in c.filter.flush(): await self._write(c, part)
+            else: await self.write(c, part)
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         "Do `work` beside everything else."
@@ -147,10 +142,11 @@ class Hub:
 
     async def _write_late(self, delay: float, c: Connection, data: bytes) -> None:
         await asyncio.sleep(delay)
-        await self._write(c, data)
+        await self.write(c, data)
 
-    async def _write(self, c: Connection, data: bytes) -> None:
+    async def write(self, c: Connection, data: bytes) -> None:
         "Write `data` to one socket, waiting for a slow reader, but not for ever."
+        if c.dead: return
         try:
             if c.transport is None or c.transport.get_write_buffer_size() < BUFFER: await c.ws.send_bytes(data)
             else:
@@ -219,7 +215,7 @@ class Clock:
                 self.now = due
             self.reached = round((self.now - first) / 1000 / (time.monotonic() - began), 3)
 
-# %% ../nbs/08_emulator.ipynb #89848c3c
+# %% ../nbs/08_emulator.ipynb #ac74277f
 LOT, TICK, MIN_NOTIONAL = 1e-6, 0.01, 5.0  # of every symbol, unless `rules` say otherwise
 BALANCES = {'USDT': 100_000.0, 'BTC': 0.0, 'ETH': 0.0}
 
@@ -329,11 +325,14 @@ class Emulator:
         self.hub.faults.hit('skew')
         return self.clock.now + int(SKEW * self.clock.scale)
 
-    def minutes(self, symbol: str, start: int, end: int) -> list[Truth]:
+    async def minutes(self, symbol: str, start: int, end: int) -> list[Truth]:
         "What happened in the closed minutes of [start, end), 1,000 of them at most, whatever became of the frames. A minute that began before the emulator did is not among them."
         first, last = max(start - start % MINUTE, self.first), min(end, self.clock.now - self.clock.now % MINUTE)
-        told = (truth_of(self.tape, symbol, t) for t in range(first, min(last, first + 1000 * MINUTE), MINUTE))
-        return [t for t in told if t]
+        told = []
+        for t in range(first, min(last, first + 1000 * MINUTE), MINUTE):
+            if row := truth_of(self.tape, symbol, t): told.append(row)
+            await asyncio.sleep(0)  # a busy minute takes a while
+        return told
 
     def fault(self, name: str, seconds: float = 0.0, seed: int = 0) -> None:
         "Do a fault of the venue, or begin one that lasts `seconds` of the wall; the same one again begins anew."
@@ -345,8 +344,9 @@ class Emulator:
         else: self._strike(name)
 
     async def _end(self, name: str) -> None:
-        if name == 'reorder': await self.hub.flush()
+        held = [(c, part) for c in self.hub.connections for part in c.filter.flush()] if name == 'reorder' else []
         self.hub.faults.end(name)
+        for c, part in held: await self.hub.write(c, part)
 
     def _strike(self, name: str) -> None:
         "A single act: on every connection there is."
@@ -647,13 +647,13 @@ def contract(e: Emulator) -> dict[str, Endpoint]:
     return {f'GET {CONTRACT}{k}': Endpoint(w, h) for k, w, h in
             (('ping', 1, ping), ('detail', 1, detail), ('ticker', 1, ticker), ('funding_rate/', 1, rate), ('funding_rate/history', 1, history))}
 
-# %% ../nbs/08_emulator.ipynb #02e2000c
+# %% ../nbs/08_emulator.ipynb #ee81d6ad
 def control(e: Emulator) -> dict[str, Endpoint]:
     async def status(q: Query, key: str) -> object: return e.status()
     async def record(q: Query, key: str) -> object: return e.record()
     async def minutes(q: Query, key: str) -> object:
         if q.text('symbol') not in e.ids: raise bad_symbol(q.text('symbol'))
-        return e.minutes(e.ids[q.text('symbol')], q.whole('start') or 0, q.whole('end') or e.clock.now)
+        return await e.minutes(e.ids[q.text('symbol')], q.whole('start') or 0, q.whole('end') or e.clock.now)
     async def step(q: Query, key: str) -> object:
         await e.clock.step(q.whole('minutes') or 1)
         return e.status()

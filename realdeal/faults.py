@@ -16,7 +16,7 @@ from .types import BadData
 __all__ = ['Side', 'FAULTS', 'VENUE_FAULTS', 'SKEW', 'WINDOW', 'LATE', 'LATEST', 'INSTEAD', 'Fault', 'lasts', 'chosen', 'Planned',
            'storm', 'Lasting', 'Faults', 'spoiled', 'Filter', 'Answer', 'answer_of', 'handshake_of']
 
-# %% ../nbs/07_faults.ipynb #7d2112f0
+# %% ../nbs/07_faults.ipynb #8e827de0
 Side = Literal['socket', 'frame', 'rest', 'clock', 'process']
 
 class Fault(NamedTuple):
@@ -37,14 +37,14 @@ FAULTS: Mapping[str, Fault] = {
     'duplicate': Fault('every frame is sent twice', 'frame', (3., 15.)),
     'late': Fault('one frame in four is sent up to two seconds late, after newer ones', 'frame', (3., 15.)),
     'reorder': Fault('frames are sent in a wrong order', 'frame', (3., 15.)),
-    'http_429': Fault('public REST answers 429 and Retry-After', 'rest', (2., 10.)),
-    'http_418': Fault('public REST answers 418 and Retry-After', 'rest', (2., 10.)),
-    'http_500': Fault('public REST answers 500 in JSON', 'rest', (2., 10.)),
-    'http_503': Fault('public REST answers 503', 'rest', (2., 10.)),
-    'html_200': Fault('public REST answers 200 and a page of HTML', 'rest', (2., 10.)),
-    'truncated_200': Fault('public REST answers 200 and half of the JSON', 'rest', (2., 10.)),
-    'empty_200': Fault('public REST answers 200 and nothing in it', 'rest', (2., 10.)),
-    'contract_down': Fault('the contract endpoints answer 503', 'rest', (3., 30.)),
+    'http_429': Fault('public REST answers 429 and Retry-After', 'rest', (5., 30.)),
+    'http_418': Fault('public REST answers 418 and Retry-After', 'rest', (5., 30.)),
+    'http_500': Fault('public REST answers 500 in JSON', 'rest', (5., 30.)),
+    'http_503': Fault('public REST answers 503', 'rest', (5., 30.)),
+    'html_200': Fault('public REST answers 200 and a page of HTML', 'rest', (5., 30.)),
+    'truncated_200': Fault('public REST answers 200 and half of the JSON', 'rest', (5., 30.)),
+    'empty_200': Fault('public REST answers 200 and nothing in it', 'rest', (5., 30.)),
+    'contract_down': Fault('the contract endpoints answer 503', 'rest', (20., 70.)),
     'skew': Fault("the venue's clock is five seconds ahead where it tells it and where it checks a stamp", 'clock', (5., 30.)),
     'stall': Fault('the client is stopped and goes on later', 'process', (2., 20.)),
     'kill': Fault('the client is killed and started again', 'process'),

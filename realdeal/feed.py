@@ -16,7 +16,7 @@ from .frames import KIND, BookChange, BookSnapshot, Candle, DayTicker, Event, Ga
 from .types import HOUR, MINUTE, Bar, MarketData, Minute, Observed, Print, Proof
 
 # %% auto #0
-__all__ = ['KEPT', 'IDS_KEPT', 'Ladder', 'build', 'agree', 'Forming', 'Tally', 'Symbol', 'Feed']
+__all__ = ['KEPT', 'IDS_KEPT', 'Ladder', 'build', 'same', 'agree', 'Forming', 'Tally', 'Symbol', 'Feed']
 
 # %% ../nbs/13_feed.ipynb #f88c6c16
 class Ladder:
@@ -68,12 +68,14 @@ class Ladder:
         "Best bid and ask, None while the book is unknown or a side is empty."
         return (max(self.bids), min(self.asks)) if self.version is not None and self.bids and self.asks else None
 
-# %% ../nbs/13_feed.ipynb #3f71d823
+# %% ../nbs/13_feed.ipynb #abaa4589
 def build(time: int, trades: Sequence[Print]) -> Bar | None:
     "The bar that `trades` (in order) of the minute at `time` make; None without any."
     if not trades: return None
     prices = [t.price for t in trades]
     return Bar(time, prices[0], max(prices), min(prices), prices[-1], round(fsum(t.amount for t in trades), 8))
+
+def same(a: Bar, b: Bar) -> bool: return (a.open, a.high, a.low, a.close, a.volume) == (b.open, b.high, b.low, b.close, b.volume)
 
 def agree(built: Bar | None, told: Bar | Candle) -> bool:
     "Whether the trades that make `built` are all of those behind `told`."
@@ -109,7 +111,7 @@ class Forming:
         numbered = all(t.id.isdecimal() for t in self.trades.values())
         return tuple(sorted(self.trades.values(), key=lambda t: (t.time, len(t.id), t.id) if numbered else (t.time,)))
 
-# %% ../nbs/13_feed.ipynb #0a460edc
+# %% ../nbs/13_feed.ipynb #8765fd09
 @dataclass
 class Tally:
     "What happened to one symbol."
@@ -131,12 +133,14 @@ class Symbol:
         self.name, self.tally, self.ladder = name, Tally(), Ladder()
         self.cursor: int | None = None
         self.final: int | None = None                # last minute before which all are known
-        self.heard = 0                               # newest event time of any kind
+        self.heard = 0                               # newest event time of a trade or a candle
+        self.verified: int | None = None             # first minute that was not yet compared with REST
         self.gap: Gap | None = None
         self.open: dict[int, Forming] = {}
         self.doubts: dict[int, Forming] = {}         # minutes that are over and not known
         self.tries: Counter[int] = Counter()         # how often REST was asked about a doubt
         self.known: dict[int, Bar] = {}
+        self.proofs: dict[int, Proof] = {}
         self.ids: dict[int, frozenset[str]] = {}
         self.silent_minutes = 0                      # running count of minutes that a stream should have told and did not
         self.price: Observed | None = None
@@ -153,27 +157,45 @@ class Symbol:
         m.cause = cause
         self.doubts[m.time] = m
 
+    def settled(self, time: int) -> None:
+        "The minute at `time` is no longer in doubt."
+        self.doubts.pop(time, None)
+        self.tries.pop(time, None)
+        old = min(time - KEPT, self.verified if self.verified is not None else time)
+        for t in [t for t in self.known if t < old]: del self.known[t]; self.proofs.pop(t, None)
+        for t in [t for t in self.ids if t < time - IDS_KEPT]: del self.ids[t]
+        while self.final is not None and self.cursor is not None and self.final + MINUTE < self.cursor and self.final + MINUTE not in self.doubts: self.final += MINUTE
+
+    def stands(self, bar: Bar) -> bool:
+        "Whether what REST says of a minute is what its trades proved before."
+        return bar.time in self.known and same(self.known[bar.time], bar) and self.proofs.get(bar.time) in ('stream', 'rest')
+
+    @property
+    def frontier(self) -> int | None:
+        "Everything before is known and was compared with REST: a new start has to look no further back."
+        return None if self.verified is None else min([self.verified, *self.doubts])
+
     def reopen(self, since: int, cause: str) -> None:
         "Doubt every known minute from `since` (ms) on."
         for t in [t for t in self.known if t >= since - since % MINUTE and t not in self.doubts]: self.doubt(Forming(t), cause)
 
-# %% ../nbs/13_feed.ipynb #c78f19cd
+# %% ../nbs/13_feed.ipynb #46ea657b
 class Feed:
     "The live state of several symbols. `on` takes events, `tick` the time, `told` what REST answers; each returns the minutes that became known."
     def __init__(self, symbols: Sequence[str], grace: int):
         self.grace = grace
         self.symbols = {s: Symbol(s) for s in symbols}
 
-    def begin(self, symbol: str, time: int, missing: Sequence[int] = (), known: Iterable[Bar] = ()) -> None:
-        "Know every minute from `time` (ms, a minute's open) on, and the earlier ones that are `missing`; `known`: bars from before."
+    def begin(self, symbol: str, time: int, missing: Sequence[int] = (), known: Iterable[Bar] = (), verified: int | None = None) -> None:
+        "Know every minute from `time` (ms, a minute's open) on, and the earlier ones that are `missing`; `known`: bars from before, compared with REST up to `verified`."
         s = self.symbols[symbol]
         s.known |= {b.time: b for b in known}
         for t in missing: s.doubt(Forming(t), 'not running')
-        s.cursor, s.final = time, min([time, *missing]) - MINUTE
+        s.cursor, s.final, s.verified = time, min([time, *missing]) - MINUTE, time if verified is None else verified
 
     def on(self, e: Event) -> list[Minute]:
         if isinstance(e, Gap):
-            for name in e.symbols: self._gap(self.symbols[name], e)
+            self._gap(self.symbols[e.symbol], e)
             return []
         kind = KIND.get(type(e))
         if kind is None: return []              # the user's stream is the runner's business
@@ -181,9 +203,12 @@ class Feed:
         s.tally.received[kind] += 1
         if s.gap: self._healed(s, e[1])
         if s.cursor is None: self.begin(s.name, e[1] - e[1] % MINUTE)
-        s.heard = max(s.heard, e[1] if not isinstance(e, Candle) else e.event_time)
-        if isinstance(e, Trade): return self._trade(s, e)
-        if isinstance(e, Candle): return self._candle(s, e)
+        if isinstance(e, Trade):
+            s.heard = max(s.heard, e.time)
+            return self._trade(s, e)
+        if isinstance(e, Candle):
+            s.heard = max(s.heard, e.event_time)
+            return self._candle(s, e)
         if isinstance(e, BookChange): s.ladder.on(e)
         elif isinstance(e, Quote):
             if s.quote and e.time < s.quote.time: s.tally.out_of_order += 1
@@ -223,6 +248,7 @@ class Feed:
         if opened in s.known and opened not in s.doubts: s.doubt(Forming(opened), cause)
 
     def _gap(self, s: Symbol, g: Gap) -> None:
+        g = g._replace(since=g.since - self.grace)       # what came last may have overtaken something
         s.gap = g if s.gap is None or g.since < s.gap.since else s.gap
         s.ladder.lose('connection lost')
         s.reopen(s.gap.since, g.reason)
@@ -265,14 +291,12 @@ class Feed:
     def _know(self, s: Symbol, m: Forming, proof: Proof, bar: Bar, now: int) -> Minute:
         prints = m.prints()
         before = s.known.get(m.time)
-        s.tally.amended += before is not None and (before.open, before.high, before.low, before.close, before.volume) != (bar.open, bar.high, bar.low, bar.close, bar.volume)
-        s.tally.known[proof] += before is None
-        s.known[m.time], s.ids[m.time] = bar, frozenset(t.id for t in prints if t.id) | s.ids.get(m.time, frozenset())
-        s.doubts.pop(m.time, None)
-        s.tries.pop(m.time, None)
-        for old in [t for t in s.known if t < m.time - KEPT]: del s.known[old]
-        for old in [t for t in s.ids if t < m.time - IDS_KEPT]: del s.ids[old]
-        while s.final is not None and s.cursor is not None and s.final + MINUTE < s.cursor and s.final + MINUTE not in s.doubts: s.final += MINUTE
+        s.tally.amended += before is not None and not same(before, bar)
+        if m.time in s.proofs: s.tally.known[s.proofs[m.time]] -= 1
+        s.tally.known[proof] += 1
+        s.known[m.time], s.proofs[m.time], s.ids[m.time] = bar, proof, frozenset(t.id for t in prints if t.id) | s.ids.get(m.time, frozenset())
+        if proof == 'stream': s.silent_minutes = 0
+        s.settled(m.time)
         lag = round(median(m.lags)) if m.lags else None
         return Minute(s.name, bar, prints, build(m.time, prints), proof, m.cause, lag, max(0, now - m.time - MINUTE))
 
@@ -284,37 +308,54 @@ class Feed:
 
     def needs_trades(self, symbol: str, bar: Bar) -> bool:
         "Whether the trades heard do not rebuild what REST says."
-        return not agree(build(bar.time, self.symbols[symbol].doubts[bar.time].prints()), bar)
+        s = self.symbols[symbol]
+        return not s.stands(bar) and not agree(build(bar.time, s.doubts[bar.time].prints()), bar)
 
-    def told(self, symbol: str, time: int, bar: Bar | None, trades: Sequence[Print] | None, now: int, tries: int = 3) -> list[Minute]:
+    def told(self, symbol: str, time: int, bar: Bar | None, trades: Sequence[Print] | None, now: int, tries: int = 4) -> list[Minute]:
         """REST's answer about a doubted minute: its bar, None when it has none, and its trades, None when they were not asked for.
 
-        An answer that proves nothing (no bar, or trades that do not rebuild it) is believed after `tries` of them.
+        An answer that proves nothing (no bar, or trades that do not rebuild it) is believed after `tries` of them, and never where more was heard than it tells.
         """
         s = self.symbols[symbol]
-        if time not in s.doubts: return []
-        m = s.doubts[time]
+        m = s.doubts.get(time)
+        if m is None: return []
         s.tries[time] += 1
-        if trades is not None: m = Forming(time, {k: p for k, p in enumerate(_with_ids(trades, m.prints()))}, m.candle, m.cause, m.lags)
+        heard, known = m.prints(), s.known.get(time)
         if bar is None:
-            last = next((s.known[t].close for t in sorted(s.known, reverse=True) if t < time), None)
-            if s.tries[time] < tries or last is None and not m.trades: return []
-            if last is None: last = m.prints()[0].price
+            if heard or m.candle and m.candle.volume or known and known.volume or s.tries[time] < tries: return []
+            near = [s.known[t].close for t in sorted(s.known) if t < time][-1:] or [s.known[t].open for t in sorted(s.known) if t > time][:1]
+            if not near: return []
+            last = near[0]
             return [self._know(s, Forming(time, cause=m.cause), 'none', Bar(time, last, last, last, last, 0.0, 'synthetic'), now)]
-        proven = agree(build(time, m.prints()), bar)
-        if not proven and s.tries[time] < tries: return []
-        heard = s.doubts[time]
-        s.silent_minutes = s.silent_minutes + 1 if bar.volume and not (heard.trades and heard.candle) and heard.cause in ('no data', 'no candle', 'trades and candle differ') else 0
-        return [self._know(s, m, 'rest' if proven else 'venue', bar, now)]
+        if s.stands(bar):
+            s.settled(time)
+            return []
+        told = () if trades is None else tuple(_with_ids(trades, heard))
+        prints = heard
+        proof: Proof = 'rest'
+        if not agree(build(time, heard), bar):
+            prints = told
+            if not agree(build(time, told), bar):
+                if s.tries[time] < tries or _volume(heard) > bar.volume + 1e-8 and all(t.id for t in heard): return []    # REST lags behind
+                prints, proof = max((heard, told), key=_volume), 'venue'
+        silent = bar.volume and not (heard and m.candle) and m.cause in ('no data', 'no candle', 'trades and candle differ')
+        s.silent_minutes = s.silent_minutes + 1 if silent else 0
+        return [self._know(s, Forming(time, dict(enumerate(prints)), m.candle, m.cause, m.lags), proof, bar, now)]
 
     def verify(self, symbol: str, bars: Iterable[Bar]) -> int:
-        "Compare known minutes with what REST says now; those that differ are doubted again. Returns how many."
+        "Compare what is known with what REST says of minutes that are over; those that differ are doubted again. Returns how many."
         s, found = self.symbols[symbol], 0
-        for b in bars:
-            k = s.known.get(b.time)
-            if k is None or b.time in s.doubts or (k.open, k.high, k.low, k.close, k.volume) == (b.open, b.high, b.low, b.close, b.volume): continue
-            s.doubt(Forming(b.time), 'differs from REST')
-            found += 1
+        told = {b.time: b for b in bars}
+        if s.verified is None or s.cursor is None or not told: return 0
+        on = True
+        for t in range(s.verified, min(s.cursor, max(told) + MINUTE), MINUTE):
+            k, b = s.known.get(t), told.get(t)
+            if t in s.doubts or k is None: on = False
+            elif b is None: on = on and not k.volume          # an answer without a minute that happened proves nothing
+            elif not same(k, b):
+                s.doubt(Forming(t), 'differs from REST')
+                found, on = found + 1, False
+            if on: s.verified = t + MINUTE
         return found
 
     def deaf(self) -> list[str]:
@@ -324,7 +365,7 @@ class Feed:
         return [s.name for s in found]
 
     def missing(self) -> int:
-        "Minutes that are over and not known."
+        "Minutes that are over and not known, or known and in doubt again."
         return sum(len(s.doubts) for s in self.symbols.values())
 
     # What is known now
@@ -350,6 +391,8 @@ class Feed:
         return s.known.get(time) or (_bar(m.candle) if m and m.candle else build(time, m.prints()) if m else None)
 
 def _bar(c: Candle) -> Bar: return Bar(c.time, c.open, c.high, c.low, c.close, c.volume, 'venue')
+
+def _volume(trades: Iterable[Print]) -> float: return fsum(t.amount for t in trades)
 
 def _with_ids(rest: Sequence[Print], heard: Iterable[Print]) -> list[Print]:
     "REST's trades with the ids that the stream told of them: a trade is the same when time, price, amount and side are."

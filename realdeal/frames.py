@@ -15,11 +15,11 @@ from ccxt.protobuf.mexc import PushDataV3ApiWrapper_pb2
 from .types import DAY, MINUTE, BadData
 
 # %% auto #0
-__all__ = ['Levels', 'Data', 'Event', 'Kind', 'KIND', 'LEAST', 'MOST', 'DIALECTS', 'Trade', 'Candle', 'Quote', 'BookChange',
-           'BookSnapshot', 'DayTicker', 'OrderUpdate', 'Gap', 'price', 'amount', 'moment', 'levels', 'candle', 'change',
-           'Answer', 'Dialect', 'Mexc', 'Binance']
+__all__ = ['Levels', 'Data', 'Event', 'Kind', 'KIND', 'LEAST', 'MOST', 'AHEAD', 'DIALECTS', 'Trade', 'Candle', 'Quote',
+           'BookChange', 'BookSnapshot', 'DayTicker', 'OrderUpdate', 'Gap', 'price', 'amount', 'moment', 'levels',
+           'candle', 'change', 'Answer', 'Dialect', 'Mexc', 'Binance']
 
-# %% ../nbs/10_frames.ipynb #c57aa987
+# %% ../nbs/10_frames.ipynb #f7c25c9f
 class Trade(NamedTuple):
     "One public trade: `price` in quote, `amount` in base, who crossed the spread; `id` is empty where the venue tells none."
     symbol: str
@@ -86,8 +86,8 @@ class OrderUpdate(NamedTuple):
     received: int
 
 class Gap(NamedTuple):
-    "Data of `symbols` may be missing from `since` until the next event of each."
-    symbols: tuple[str, ...]
+    "Data of `symbol` may be missing from `since` until its next event."
+    symbol: str
     since: int
     reason: str
     received: int
@@ -97,7 +97,7 @@ Event = Data | Gap
 Kind = Literal['trades', 'candles', 'quotes', 'book', 'day']
 KIND: Mapping[type, Kind] = {Trade: 'trades', Candle: 'candles', Quote: 'quotes', BookChange: 'book', DayTicker: 'day'}
 
-# %% ../nbs/10_frames.ipynb #019acd6e
+# %% ../nbs/10_frames.ipynb #004624ac
 LEAST, MOST = 1e-18, 1e18
 
 def price(text: str | float) -> float:
@@ -112,10 +112,12 @@ def amount(text: str | float) -> float:
     if not 0 <= x <= MOST: raise ValueError(f'amount {str(text)[:40]!r} must lie between 0 and {MOST}')
     return x
 
+AHEAD = 5 * MINUTE    # ms that a venue's clock may be before ours
+
 def moment(value: str | int, now: int) -> int:
     "A time in ms, or ValueError."
     t = int(value)
-    if not -DAY < t - now < DAY: raise ValueError(f'time {value} is more than a day away from {now}')
+    if not -DAY < t - now < AHEAD: raise ValueError(f'time {value} cannot be told at {now}')
     return t
 
 def levels(rows: Iterable[Sequence[Any]]) -> Levels: return tuple((price(r[0]), amount(r[1])) for r in rows)

@@ -22,8 +22,8 @@ from .store import Store, StoreKey, write_atomic
 from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Refused, Retry, Stop, slug
 
 # %% auto #0
-__all__ = ['LIMITS', 'CLIENT', 'CALM', 'GAP', 'SETTLE', 'Verdict', 'judge', 'Plan', 'write_settings', 'State', 'Home', 'Follower',
-           'Soak', 'run_soak']
+__all__ = ['LIMITS', 'CLIENT', 'CALM', 'GAP', 'NEED_A_CUT', 'SETTLE', 'Verdict', 'judge', 'Plan', 'write_settings', 'State',
+           'Home', 'Follower', 'Soak', 'run_soak']
 
 # %% ../nbs/16_soak.ipynb #3e35fcde
 @dataclass
@@ -67,10 +67,11 @@ def judge(v: Verdict, symbol: str, truth: Sequence[Truth], candles: pl.DataFrame
         v.invented += 1
         v.note(symbol, opened, f'{bars.get(opened)} and {len(prints.get(opened, []))} trades, but the venue offered no such minute')
 
-# %% ../nbs/16_soak.ipynb #4ebed65f
+# %% ../nbs/16_soak.ipynb #48789f7c
 LIMITS = {'connection-age': 90.0, 'ping-timeout': 30.0, 'idle': 15.0, 'listen-key-life': 300.0}   # s; shorter than the venue's, so that each expires often
 CLIENT = {'stream_silence': 8.0, 'stream_age': 75.0, 'time_sync': 20.0}                            # s; of [data]
-CALM, GAP = 45.0, 20.0   # s of the wall: without new faults at the end; between two faults on average
+CALM, GAP = 20.0, 20.0   # s of the wall: without faults at the end; between two faults on average
+NEED_A_CUT = ('no_connect', 'refuse')
 
 @dataclass(frozen=True)
 class Plan:
@@ -100,7 +101,11 @@ class Plan:
     @property
     def market(self) -> str: return f'realistic-{self.seed}'
 
-    def schedule(self) -> list[Planned]: return storm(self.seed, (self.end - self.begin) / 1000 / self.speed - CALM, chosen(self.faults), GAP)
+    def schedule(self) -> list[Planned]:
+        "What comes when."
+        seconds = (self.end - self.begin) / 1000 / self.speed - CALM
+        dealt = [p for p in storm(self.seed, seconds, chosen(self.faults), GAP) if p.at + p.seconds < seconds]
+        return [q for p in dealt for q in (p, p._replace(name='drop', seconds=0.0))[:1 + (p.name in NEED_A_CUT)]]
     def due(self, p: Planned) -> int:
         "The market time (ms) at which `p` is to come."
         return self.begin + int(p.at * 1000 * self.speed)
@@ -238,7 +243,7 @@ class Follower:
             if self.process is not None and self.is_up: self.process.kill()
             return await kept
 
-# %% ../nbs/16_soak.ipynb #ceefadc6
+# %% ../nbs/16_soak.ipynb #d841a648
 SETTLE = 120.0   # s that the follower has to settle and end
 
 class Soak:
@@ -290,6 +295,7 @@ class Soak:
                         self._progress(status)
                     if self.state.upto >= self.plan.end: break
                     with suppress(TimeoutError): await asyncio.wait_for(stop.wait(), 1.0)
+            except aiohttp.ClientError as e: raise Stop(f'the emulator does not answer any more: {e}') from None
             finally:
                 await asyncio.gather(*self.tasks, return_exceptions=True)
                 code = await follower.stop(kept, SETTLE if sys.exc_info()[0] is None else 1.0)
@@ -332,8 +338,10 @@ class Soak:
 
     def _result(self) -> dict[str, Any]:
         v, truth, store, plan, state = Verdict(), self.home.truth(self.plan.end), self.store, self.plan, self.state
+        ledger = read_ledger(store)
+        first = max(plan.begin, ledger['began'] // MINUTE * MINUTE + MINUTE)   # the first whole minute after it began to follow
         for x in plan.symbols:
-            for a in range(plan.begin, plan.end, 6 * HOUR):
+            for a in range(first, plan.end, 6 * HOUR):
                 b = min(a + 6 * HOUR, plan.end)
                 judge(v, x, [t for t in truth[x] if a <= t[0] < b], store.read(x, a, b), store.read_trades(x, a, b), a, b)
         dropped = v.dropped_candles + v.dropped_trades
@@ -341,7 +349,7 @@ class Soak:
             **asdict(v), 'crashes': state.crashes, 'faults': {k: {'came': n, 'bit': state.bit.get(k, 0)} for k, n in sorted(state.came.items())},
             'speed': {'asked': plan.speed, 'reached': round((plan.end - plan.begin) / 1000 / max(state.wall, 1e-9), 2)}, 'wall_s': round(state.wall, 1), 'resumed': state.resumed,
             'memory_mib': {k: round(x, 1) for k, x in state.rss.items()}, 'plan': state.plan, 'limits': LIMITS, 'client': CLIENT, 'source': 'simulated', 'market': plan.market,
-            'begin': plan.begin, 'end': plan.end, 'commit': code_version(Path(__file__).parent), 'ledger': read_ledger(store)}
+            'begin': first, 'end': plan.end, 'commit': code_version(Path(__file__).parent), 'ledger': ledger}
 
 async def run_soak(s: Settings, plan: Plan, folder: Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Soak in `folder` (by default one of the plan's name below the simulated data), going on with what is unfinished there."

@@ -83,7 +83,7 @@ async def test_retry_after_is_honoured(status: int) -> None:
     async with opened() as (venue, _), server(answer) as url:
         venue.client.urls["api"]["spot"]["public"] = url
         await venue.sync_time()
-    assert len(asked) == 2 and asked[1] - asked[0] >= 2
+    assert len(asked) >= 2 and asked[1] - asked[0] >= 2
 
 
 async def test_limits_of_the_venue_are_survived() -> None:

@@ -121,7 +121,7 @@ async def test_a_full_queue_is_a_gap_that_is_repaired(tmp_path: Path) -> None:
         assert told["queue_dropped"] > 0 and told["dropped"] == 0
         for x in SYMBOLS:
             mine = kept(f.store, x)
-            truth = {m[0]: (m[1], m[2]) for m in e.minutes(x, f.began, NOW + DAY)}
+            truth = {m[0]: (m[1], m[2]) for m in await e.minutes(x, f.began, NOW + DAY)}
             assert len(truth) > 10 and {t: mine.get(t) for t in truth} == truth
 
 
@@ -135,7 +135,7 @@ async def test_a_new_start_repairs_what_the_last_one_left_open(tmp_path: Path) -
         assert sum(s.tally.doubts["not running"] for s in second.feed.symbols.values()) >= 2 * 8
         for x in SYMBOLS:
             mine = kept(second.store, x)
-            truth = {m[0]: (m[1], m[2]) for m in e.minutes(x, first.began, NOW + DAY)}
+            truth = {m[0]: (m[1], m[2]) for m in await e.minutes(x, first.began, NOW + DAY)}
             assert {t: mine.get(t) for t in truth} == truth
 
 
