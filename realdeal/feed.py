@@ -82,7 +82,7 @@ def agree(built: Bar | None, told: Bar | Candle) -> bool:
     if built is None: return told.volume == 0
     return (built.open, built.high, built.low, built.close) == (told.open, told.high, told.low, told.close) and abs(built.volume - told.volume) <= 1.5e-8 + 1e-12 * told.volume
 
-# %% ../nbs/13_feed.ipynb #31f1231c
+# %% ../nbs/13_feed.ipynb #b462bfbc
 @dataclass(slots=True)
 class Forming:
     "What is heard of the minute that opened at `time`; `cause`: why some of it may be missing."
@@ -107,8 +107,8 @@ class Forming:
         return True
 
     def prints(self) -> tuple[Print, ...]:
-        "The trades in order of time; within a millisecond by id where every id is a number, else as they came."
-        numbered = all(t.id.isdecimal() for t in self.trades.values())
+        "The trades in order of time; within a millisecond by id where each came with a number, else as they came, which is REST's order."
+        numbered = all(isinstance(k, str) and k.isdecimal() for k in self.trades)
         return tuple(sorted(self.trades.values(), key=lambda t: (t.time, len(t.id), t.id) if numbered else (t.time,)))
 
 # %% ../nbs/13_feed.ipynb #8765fd09
@@ -179,7 +179,7 @@ class Symbol:
         "Doubt every known minute from `since` (ms) on."
         for t in [t for t in self.known if t >= since - since % MINUTE and t not in self.doubts]: self.doubt(Forming(t), cause)
 
-# %% ../nbs/13_feed.ipynb #46ea657b
+# %% ../nbs/13_feed.ipynb #fd0cbd2e
 class Feed:
     "The live state of several symbols. `on` takes events, `tick` the time, `told` what REST answers; each returns the minutes that became known."
     def __init__(self, symbols: Sequence[str], grace: int):
@@ -330,13 +330,14 @@ class Feed:
         if s.stands(bar):
             s.settled(time)
             return []
+        if _volume(heard) > bar.volume + 1e-8 and all(t.id for t in heard): return []        # REST lags behind
         told = () if trades is None else tuple(_with_ids(trades, heard))
         prints = heard
         proof: Proof = 'rest'
         if not agree(build(time, heard), bar):
             prints = told
             if not agree(build(time, told), bar):
-                if s.tries[time] < tries or _volume(heard) > bar.volume + 1e-8 and all(t.id for t in heard): return []    # REST lags behind
+                if s.tries[time] < tries: return []
                 prints, proof = max((heard, told), key=_volume), 'venue'
         silent = bar.volume and not (heard and m.candle) and m.cause in ('no data', 'no candle', 'trades and candle differ')
         s.silent_minutes = s.silent_minutes + 1 if silent else 0
