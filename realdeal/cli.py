@@ -88,7 +88,7 @@ def run(source: SourceOf = 'recorded', days: Days = 365, hours: Hours = 6, marke
     asyncio.run(run_job(job))
     for line in what_to_open(job): _say(line)
 
-# %% ../nbs/31_cli.ipynb #4bf43340
+# %% ../nbs/31_cli.ipynb #4404c5c5
 @app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 190[/], or [bold]realdeal ingest --follow --emulator http://127.0.0.1:8765[/], then [bold]realdeal ingest --status --emulator http://127.0.0.1:8765[/]')
 def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 'realistic', follow: Annotated[bool, typer.Option('--follow', help='Follow the live streams until told to stop, instead of fetching history.')] = False,
         emulator: Annotated[str | None, typer.Option(help='With --follow or --status: base URL of an emulator; default: the venue of the settings.')] = None,
@@ -107,7 +107,7 @@ def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 're
 
 def _ledger_text(told: dict[str, Any]) -> str:
     def row(d: dict[str, Any]) -> str: return ', '.join(f'{k} {v:,}' for k, v in d.items()) or 'none'
-    lines = [f'dropped {told["dropped"]} of {told["minutes"] + told["dropped"]:,} minutes ({told["dropped_share"]:.4%}); {told["repaired"]:,} repaired by REST, {told["not_offered"]:,} not offered by the venue',
+    lines = [f'dropped {told["dropped"]} of {told["minutes"] + told["dropped"]:,} minutes ({told["dropped_share"]:.4%}); {told["repaired"]:,} repaired by REST, {told["unproven"]:,} without proof by trades, {told["not_offered"]:,} not offered by the venue',
         f'streams: {row(told["streams"])}; queue dropped {told["queue_dropped"]:,}', f'gaps: {row(told["gaps"])}; back after {told["reconnect_s"]["p50"]:.2f} s (median), {told["reconnect_s"]["max"]:.2f} s (longest)',
         f'a frame takes {told["parse_ms"].get("p50", 0):.3f} ms (p50), {told["parse_ms"].get("p95", 0):.3f} ms (p95), {told["parse_ms"].get("p99", 0):.3f} ms (p99)',
         f'clock alarms {told["skew_alarms"]}, errors of REST {told["rest_errors"]}, of the disk {told["disk_errors"]}']

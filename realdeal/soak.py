@@ -23,7 +23,7 @@ from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Refused, Retry, Stop,
 
 # %% auto #0
 __all__ = ['LIMITS', 'CLIENT', 'CALM', 'GAP', 'NEED_A_CUT', 'SETTLE', 'Verdict', 'judge', 'Plan', 'write_settings', 'State',
-           'Home', 'Follower', 'Soak', 'run_soak']
+           'Home', 'FollowerProcess', 'Soak', 'run_soak']
 
 # %% ../nbs/16_soak.ipynb #3e35fcde
 @dataclass
@@ -173,8 +173,8 @@ class Home:
             if row[0] < upto: found[symbol][row[0]] = tuple(row)
         return {x: [rows[t] for t in sorted(rows)] for x, rows in found.items()}
 
-# %% ../nbs/16_soak.ipynb #c1c5a023
-class Follower:
+# %% ../nbs/16_soak.ipynb #84276d79
+class FollowerProcess:
     "The follower as a process of its own; `crashes` counts the ends that nobody asked for."
     def __init__(self, settings: Path, url: str, log: Path, say: Callable[[str], None]):
         self.args = ['-m', 'realdeal', 'ingest', '--follow', '--emulator', url, '--settings', str(settings), '--json']
@@ -243,7 +243,7 @@ class Follower:
             if self.process is not None and self.is_up: self.process.kill()
             return await kept
 
-# %% ../nbs/16_soak.ipynb #d841a648
+# %% ../nbs/16_soak.ipynb #3e059266
 SETTLE = 120.0   # s that the follower has to settle and end
 
 class Soak:
@@ -279,7 +279,7 @@ class Soak:
     async def _follow(self, stop: asyncio.Event) -> None:
         "Run market and follower until the plan is done or `stop` is set."
         async with emulator_process(self.plan.emulator_args(self.state.upto - 1)) as url, aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(60)) as http:
-            follower = Follower(self.settings, url, self.home.log_file, self.say)
+            follower = FollowerProcess(self.settings, url, self.home.log_file, self.say)
             kept = asyncio.create_task(follower.keep())
             began, spent, told = time.monotonic(), self.state.wall, 0.0
             try:
@@ -302,7 +302,7 @@ class Soak:
                 self.state.crashes = self.crashed + follower.crashes + (code != 0)
                 self.home.save(self.state)
 
-    async def _strike(self, now: int, http: aiohttp.ClientSession, follower: Follower) -> None:
+    async def _strike(self, now: int, http: aiohttp.ClientSession, follower: FollowerProcess) -> None:
         "Begin the faults that are due."
         while self.waiting and self.plan.due(self.waiting[0]) <= now:
             p = self.waiting.pop(0)
@@ -312,11 +312,11 @@ class Soak:
                 self.tasks.add(task)
                 task.add_done_callback(self.tasks.discard)
 
-    async def _suffer(self, p: Planned, follower: Follower) -> None:
+    async def _suffer(self, p: Planned, follower: FollowerProcess) -> None:
         self.came[p.name] += 1
         self.bit[p.name] += await follower.suffer(p.name, p.seconds)
 
-    async def _learn(self, status: Mapping[str, Any], http: aiohttp.ClientSession, follower: Follower) -> None:
+    async def _learn(self, status: Mapping[str, Any], http: aiohttp.ClientSession, follower: FollowerProcess) -> None:
         "What happened since, how often each fault came and bit, and how much memory the follower takes."
         while (upto := min(status['time'] // MINUTE * MINUTE, self.state.upto + 500 * MINUTE)) > self.state.upto:
             for x in self.plan.symbols:

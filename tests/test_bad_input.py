@@ -157,7 +157,7 @@ def test_full_disk(home: Path) -> None:
 
     code = "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = ['realdeal', 'import', 'big.parquet', '--symbol', 'BTC/USDT']; from realdeal.cli import main; main()"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=home, capture_output=True, text=True, preexec_fn=small, timeout=120)
-    refused(done, 70, "cannot be written", "nothing was changed")
+    refused(done, 73, "cannot be written", "nothing was changed")
     assert [f for f in home.glob("data/**/*") if f.is_file() and f.name != ".lock"] == []
 
 

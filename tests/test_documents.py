@@ -51,7 +51,7 @@ def test_commands_exist() -> None:
     commands = {c.name or c.callback.__name__.rstrip("_") for c in app.registered_commands}
     said = set(re.findall(r"^(?:REALDEAL_DATA=\S+ )?(?:\.venv/bin/)?realdeal (\w+)", README, re.M))
     assert said and said <= commands
-    assert {"demo", "run", "emulator", "ingest", "import", "train", "backtest", "report", "kpi", "live"} <= commands
+    assert {"demo", "run", "emulator", "ingest", "import", "train", "backtest", "report", "kpi", "live", "soak", "quality"} <= commands
     targets = set(re.findall(r"^(\w+):.*##", (REPO / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`make (\w+)`", README)) | set(re.findall(r"^make (\w+)", README, re.M)) <= targets
 

@@ -52,7 +52,7 @@ def test_an_interrupted_and_a_killed_soak_go_on_and_are_judged_whole(tmp_path):
     assert stopped < judged(folder) < stopped + 15 * minute    # it had not begun anew
     told, _ = begin(folder).communicate(timeout=120)
     told = json.loads(told)
-    assert told['passed'] and (told['resumed'], told['minutes'], told['crashes'], told['faults']) == (2, told['minutes'], 0, {}) and 56 <= told['minutes'] <= 60, told
+    assert told['passed'] and (told['resumed'], told['minutes'], told['crashes'], told['faults']) == (2, told['minutes'], 0, {}) and 40 <= told['minutes'] <= 60, told
     assert told['trades'] > 600 and told == json.loads((folder / 'soak.json').read_text())
 
 
@@ -66,7 +66,7 @@ async def test_faults_close_together_lose_nothing(tmp_path, monkeypatch):
     finally:
         for sig in (signal.SIGINT, signal.SIGTERM): loop.remove_signal_handler(sig)
     assert told['passed'], (told['examples'], said)
-    assert 68 <= told['minutes'] <= 72 and told['trades'] > BURST and told['memory_mib']['peak'] > 50
+    assert 60 <= told['minutes'] <= 72 and told['trades'] > BURST and told['memory_mib']['peak'] > 50
     assert {k for k, f in told['faults'].items() if f['bit']} >= {'kill', 'disk_full'} and sum(f['came'] for f in told['faults'].values()) == len(plan.schedule())
 
 
