@@ -17,7 +17,7 @@ from .store import CANDLES, check_candles
 from .types import HOUR, MINUTE, BackOff, BadData, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Print, RealdealError, Refused, Rejected, Retry, Stop
 
 # %% auto #0
-__all__ = ['PAGE', 'TRADES_PAGE', 'Clock', 'sorted_error', 'Listener', 'checked_page', 'Exchange']
+__all__ = ['PAGE', 'TRADES_PAGE', 'Clock', 'sorted_error', 'Listener', 'Opened', 'checked_page', 'Exchange']
 
 # %% ../nbs/11_exchange.ipynb #c25f7a70
 class Clock:
@@ -119,11 +119,23 @@ class _Binance(_Own, ccxt.pro.binance): contracts_known = True
 
 _CLIENTS: Mapping[str, Any] = {'mexc': _Mexc, 'binance': _Binance}
 
-# %% ../nbs/11_exchange.ipynb #3b8c1cd4
+# %% ../nbs/11_exchange.ipynb #f634dc72
 PAGE = 500           # candles: MEXC's spot limit, whatever ccxt's `features` say
 TRADES_PAGE = 1000
 
-class _Base:
+class Opened:
+    "Something that is opened and closed by `async with`; closed also when it could not be opened."
+    async def open(self) -> None: raise NotImplementedError
+    async def close(self) -> None: raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        try: await self.open()
+        except BaseException: await self.close(); raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None: await self.close()
+
+class _Base(Opened):
     "One venue. Use as `async with Exchange(settings) as venue:`; `options` go to ccxt's class (an emulator's addresses and keys)."
     def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 6):
         self.settings, self.clock, self.tries = s, clock or Clock(), tries
@@ -138,13 +150,6 @@ class _Base:
         self.client.clock, self.client.listeners = self.clock, {}
         self.skew_alarms, self._synced, self._jump, self._banned_until = 0, False, 0, 0.0
         self.closers: list[Callable[[], Awaitable[None]]] = []     # what must end before the client does
-
-    async def __aenter__(self) -> Self:
-        try: await self.open()
-        except BaseException: await self.close(); raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None: await self.close()
 
     async def open(self) -> None:
         "Set the clock (signed requests need it), load the markets, check the symbols."
