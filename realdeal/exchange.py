@@ -29,7 +29,7 @@ class Clock:
     def set(self, now: int) -> None: self._base, self._wall = now, time.monotonic()
     def now(self) -> int: return int(self._base + (time.monotonic() - self._wall) * 1000 * self.rate)
 
-# %% ../nbs/11_exchange.ipynb #7af6ba0e
+# %% ../nbs/11_exchange.ipynb #a8893695
 def sorted_error(e: BaseException, what: str) -> RealdealError:
     "The error of our tree for one of ccxt's."
     if isinstance(e, RealdealError): return e
@@ -46,7 +46,7 @@ def _pause(state: RetryCallState) -> float:
     "Seconds until the next try: what the venue asked for, else exponential with jitter."
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, BackOff): return error.retry_after + random.uniform(0, 0.25)
-    return random.uniform(0.1, min(8.0, 0.25 * 2 ** state.attempt_number))
+    return random.uniform(0.1, min(4.0, 0.25 * 2 ** state.attempt_number))
 
 # %% ../nbs/11_exchange.ipynb #29a3d67c
 class Listener(Protocol):
@@ -119,7 +119,7 @@ class _Binance(_Own, ccxt.pro.binance): contracts_known = True
 
 _CLIENTS: Mapping[str, Any] = {'mexc': _Mexc, 'binance': _Binance}
 
-# %% ../nbs/11_exchange.ipynb #f634dc72
+# %% ../nbs/11_exchange.ipynb #b7a2d170
 PAGE = 500           # candles: MEXC's spot limit, whatever ccxt's `features` say
 TRADES_PAGE = 1000
 
@@ -137,7 +137,7 @@ class Opened:
 
 class _Base(Opened):
     "One venue. Use as `async with Exchange(settings) as venue:`; `options` go to ccxt's class (an emulator's addresses and keys)."
-    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 6):
+    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 8):
         self.settings, self.clock, self.tries = s, clock or Clock(), tries
         given = dict(options or {})
         if s.data.venue not in _CLIENTS: raise BadSetting(f'[data] venue = {s.data.venue}: only {", ".join(_CLIENTS)} is built so far')
