@@ -22,7 +22,7 @@ from realdeal.types import DAY, MINUTE
 START, SYMBOLS, SPEED = 1_704_067_200_000, ("BTC/USDT", "ETH/USDT"), 60.0
 # What is down together, each for so many seconds; single acts first.
 OUTAGES = {"connections cut": (("drop",), 0.0), "no connection, REST 503": (("drop", "no_connect", "http_503"), 8.0), "REST 429 and Retry-After": (("http_429",), 8.0),
-    "half-open connections": (("half_open",), 0.0), "pongs without data": (("mute",), 8.0), "garbage from REST, frames malformed": (("html_200", "malformed"), 8.0)}
+    "half-open connections": (("half_open",), 4.0), "pongs without data": (("mute",), 8.0), "garbage from REST, frames malformed": (("html_200", "malformed"), 8.0)}
 
 
 async def one(e: Emulator, f: Follower, names: tuple[str, ...], seconds: float) -> tuple[float, float]:

@@ -67,7 +67,7 @@ def judge(v: Verdict, symbol: str, truth: Sequence[Truth], candles: pl.DataFrame
         v.invented += 1
         v.note(symbol, opened, f'{bars.get(opened)} and {len(prints.get(opened, []))} trades, but the venue offered no such minute')
 
-# %% ../nbs/16_soak.ipynb #48789f7c
+# %% ../nbs/16_soak.ipynb #40b803a7
 LIMITS = {'connection-age': 90.0, 'ping-timeout': 30.0, 'idle': 15.0, 'listen-key-life': 300.0}   # s; shorter than the venue's, so that each expires often
 CLIENT = {'stream_silence': 8.0, 'stream_age': 75.0, 'time_sync': 20.0}                            # s; of [data]
 CALM, GAP = 20.0, 20.0   # s of the wall: without faults at the end; between two faults on average
@@ -89,6 +89,10 @@ class Plan:
         if not 0 < self.speed <= 3600: raise BadSetting(f'--speed {self.speed}: must be above 0 and at most 3600')
         try: chosen(self.faults)
         except BadData as e: raise BadSetting(f'--faults {self.faults}: {e}') from None
+        if self.faults == 'storm': return
+        # A soak for a fault that never comes would show nothing.
+        if never := set(chosen(self.faults)) - {p.name for p in self.schedule()}:
+            raise BadSetting(f'--hours {self.hours:g} at --speed {self.speed:g}: too short for {", ".join(sorted(never))} to come; give more hours, or another --seed')
 
     @property
     def begin(self) -> int: return SIMULATED_START + 2 * DAY

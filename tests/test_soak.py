@@ -70,7 +70,7 @@ async def test_faults_close_together_lose_nothing(tmp_path, monkeypatch):
     assert {k for k, f in told['faults'].items() if f['bit']} >= {'kill', 'disk_full'} and sum(f['came'] for f in told['faults'].values()) == len(plan.schedule())
 
 
-@pytest.mark.parametrize('args', [['--hours', '0'], ['--speed', '0'], ['--faults', 'rain']])
+@pytest.mark.parametrize('args', [['--hours', '0'], ['--speed', '0'], ['--faults', 'rain'], ['--faults', 'mute', '--hours', '0.2']])
 def test_a_plan_that_cannot_be(tmp_path, args):
     p = begin(tmp_path / 'soak', *args)
     assert p.wait(60) == 78
