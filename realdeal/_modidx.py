@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.feed.Feed.verify': ('feed.html#feed.verify', 'realdeal/feed.py'),
                                'realdeal.feed.Forming': ('feed.html#forming', 'realdeal/feed.py'),
                                'realdeal.feed.Forming.add': ('feed.html#forming.add', 'realdeal/feed.py'),
+                               'realdeal.feed.Forming.bar': ('feed.html#forming.bar', 'realdeal/feed.py'),
                                'realdeal.feed.Forming.prints': ('feed.html#forming.prints', 'realdeal/feed.py'),
                                'realdeal.feed.Forming.update': ('feed.html#forming.update', 'realdeal/feed.py'),
                                'realdeal.feed.Ladder': ('feed.html#ladder', 'realdeal/feed.py'),

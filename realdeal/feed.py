@@ -18,7 +18,7 @@ from .types import HOUR, MINUTE, Bar, MarketData, Minute, Observed, Print, Proof
 # %% auto #0
 __all__ = ['KEPT', 'IDS_KEPT', 'Ladder', 'build', 'same', 'agree', 'Forming', 'Tally', 'Symbol', 'Feed']
 
-# %% ../nbs/13_feed.ipynb #f88c6c16
+# %% ../nbs/13_feed.ipynb #153f4da5
 class Ladder:
     "The book of one symbol; `version` is None while it is unknown."
     most_waiting = 10_000
@@ -34,6 +34,7 @@ class Ladder:
         if self.version is None:
             self._waiting = [*self._waiting[-self.most_waiting:], c]
         elif c.last > self.version: self._follow(c)   # an older one is a duplicate
+        elif c.last < self.version - 1_000_000: self.lose('versions fall', c)
 
     def _follow(self, c: BookChange) -> None:
         assert self.version is not None
@@ -82,7 +83,7 @@ def agree(built: Bar | None, told: Bar | Candle) -> bool:
     if built is None: return told.volume == 0
     return (built.open, built.high, built.low, built.close) == (told.open, told.high, told.low, told.close) and abs(built.volume - told.volume) <= 1.5e-8 + 1e-12 * told.volume
 
-# %% ../nbs/13_feed.ipynb #b462bfbc
+# %% ../nbs/13_feed.ipynb #11faa735
 @dataclass(slots=True)
 class Forming:
     "What is heard of the minute that opened at `time`; `cause`: why some of it may be missing."
@@ -91,6 +92,7 @@ class Forming:
     candle: Candle | None = None
     cause: str = ''
     lags: list[int] = field(default_factory=list)
+    built: tuple[int, Bar | None] = (-1, None)      # of so many trades
 
     def add(self, e: Trade) -> bool:
         "False when this trade is known already."
@@ -106,18 +108,24 @@ class Forming:
         self.candle = e
         return True
 
+    def bar(self) -> Bar | None:
+        "The bar that the trades make; built again only when one has come."
+        if self.built[0] != len(self.trades): self.built = len(self.trades), build(self.time, self.prints())
+        return self.built[1]
+
     def prints(self) -> tuple[Print, ...]:
         "The trades in order of time; within a millisecond by id where each came with a number, else as they came, which is REST's order."
         numbered = all(isinstance(k, str) and k.isdecimal() for k in self.trades)
         return tuple(sorted(self.trades.values(), key=lambda t: (t.time, len(t.id), t.id) if numbered else (t.time,)))
 
-# %% ../nbs/13_feed.ipynb #8765fd09
+# %% ../nbs/13_feed.ipynb #386b0cfe
 @dataclass
 class Tally:
     "What happened to one symbol."
     received: Counter[str] = field(default_factory=Counter)      # by kind
     duplicated: int = 0
     out_of_order: int = 0    # an older word on a candle or a quote, not taken
+    crossed: int = 0         # quotes with the bid above the ask, not taken
     late: int = 0            # trades and candles of a minute that was known already
     amended: int = 0         # known minutes that were told differently later
     by_clock: int = 0        # minutes that the clock closed
@@ -179,7 +187,7 @@ class Symbol:
         "Doubt every known minute from `since` (ms) on."
         for t in [t for t in self.known if t >= since - since % MINUTE and t not in self.doubts]: self.doubt(Forming(t), cause)
 
-# %% ../nbs/13_feed.ipynb #fd0cbd2e
+# %% ../nbs/13_feed.ipynb #1f146334
 class Feed:
     "The live state of several symbols. `on` takes events, `tick` the time, `told` what REST answers; each returns the minutes that became known."
     def __init__(self, symbols: Sequence[str], grace: int):
@@ -211,7 +219,8 @@ class Feed:
             return self._candle(s, e)
         if isinstance(e, BookChange): s.ladder.on(e)
         elif isinstance(e, Quote):
-            if s.quote and e.time < s.quote.time: s.tally.out_of_order += 1
+            if e.bid > e.ask: s.tally.crossed += 1
+            elif s.quote and e.time < s.quote.time <= e.received: s.tally.out_of_order += 1
             else: s.quote = e
         elif isinstance(e, DayTicker): s.day = e
         return []
@@ -226,7 +235,7 @@ class Feed:
             else: self._late(s, opened, 'late trade')
             return []
         if not s.forming(opened).add(e): s.tally.duplicated += 1
-        elif s.price is None or e.time >= s.price.event_time: s.price = Observed(e.price, e.time, e.received)
+        elif s.price is None or not e.time < s.price.event_time <= e.received: s.price = Observed(e.price, e.time, e.received)
         return []
 
     def _candle(self, s: Symbol, e: Candle) -> list[Minute]:
@@ -286,7 +295,7 @@ class Feed:
         if s.gap and s.gap.since < m.time + MINUTE: return s.gap.reason
         if m.candle is None: return 'no candle' if m.trades else 'no data'
         if s.heard < m.time + MINUTE: return 'nothing heard since'
-        return '' if agree(build(m.time, m.prints()), m.candle) else 'trades and candle differ'
+        return '' if agree(m.bar(), m.candle) else 'trades and candle differ'
 
     def _know(self, s: Symbol, m: Forming, proof: Proof, bar: Bar, now: int) -> Minute:
         prints = m.prints()
@@ -298,7 +307,7 @@ class Feed:
         if proof == 'stream': s.silent_minutes = 0
         s.settled(m.time)
         lag = round(median(m.lags)) if m.lags else None
-        return Minute(s.name, bar, prints, build(m.time, prints), proof, m.cause, lag, max(0, now - m.time - MINUTE))
+        return Minute(s.name, bar, prints, m.bar(), proof, m.cause, lag, max(0, now - m.time - MINUTE))
 
     # What REST says
 
@@ -309,7 +318,7 @@ class Feed:
     def needs_trades(self, symbol: str, bar: Bar) -> bool:
         "Whether the trades heard do not rebuild what REST says."
         s = self.symbols[symbol]
-        return not s.stands(bar) and not agree(build(bar.time, s.doubts[bar.time].prints()), bar)
+        return not s.stands(bar) and not agree(s.doubts[bar.time].bar(), bar)
 
     def told(self, symbol: str, time: int, bar: Bar | None, trades: Sequence[Print] | None, now: int, tries: int = 4) -> list[Minute]:
         """REST's answer about a doubted minute: its bar, None when it has none, and its trades, None when they were not asked for.
@@ -330,7 +339,8 @@ class Feed:
         if s.stands(bar):
             s.settled(time)
             return []
-        if _volume(heard) > bar.volume + 1e-8 and all(t.id for t in heard): return []        # REST lags behind
+        # REST lags behind, or what was heard is wrong: for a while the first is more likely.
+        if s.tries[time] < 3 * tries and _volume(heard) > bar.volume + 1e-8 and all(t.id for t in heard): return []
         told = () if trades is None else tuple(_with_ids(trades, heard))
         prints = heard
         proof: Proof = 'rest'
@@ -389,7 +399,7 @@ class Feed:
         "The bar of the minute at `time` as it stands, None when nothing is known of it."
         s = self.symbols[symbol]
         m = s.open.get(time) or s.doubts.get(time)
-        return s.known.get(time) or (_bar(m.candle) if m and m.candle else build(time, m.prints()) if m else None)
+        return s.known.get(time) or (_bar(m.candle) if m and m.candle else m.bar() if m else None)
 
 def _bar(c: Candle) -> Bar: return Bar(c.time, c.open, c.high, c.low, c.close, c.volume, 'venue')
 

@@ -12,7 +12,7 @@ from test_ingest import NOW, SYMBOLS, emulator, store_at
 
 from realdeal.exchange import Clock, Exchange
 from realdeal.feed import Feed
-from realdeal.frames import Candle, Gap, Quote, Trade
+from realdeal.frames import BookChange, BookSnapshot, Candle, Gap, Quote, Trade
 from realdeal.ingest import Follower, backfill
 from realdeal.settings import Settings
 from realdeal.store import Store
@@ -92,6 +92,26 @@ def test_rest_that_lags_behind_is_not_believed() -> None:
     feed.tick(MINUTE + 2000)
     for _ in range(9): assert feed.told(BTC, 0, bar(0, A), prints(A), 0) == []
     assert feed.told(BTC, 0, bar(0, A, B), None, 0)[0].proof == "rest"
+
+
+def test_one_corrupt_trade_does_not_hold_a_minute_in_doubt_for_ever() -> None:
+    feed = fed(A, A._replace(id="1001"), word(0, A))
+    feed.tick(MINUTE + 2000)
+    told = [feed.told(BTC, 0, bar(0, A), prints(A), 0) for _ in range(12)]
+    assert not any(told[:11]) and told[11][0].proof == "rest" and len(told[11][0].trades) == 1
+
+
+def test_nothing_absurd_stays() -> None:
+    """A quote from the future, a crossed one, a version out of nowhere: none of them blocks what comes after."""
+    feed = fed(Quote(BTC, 60_000, 9.0, 11.0, 10), Quote(BTC, 20, 9.5, 10.5, 20), Quote(BTC, 30, 12.0, 10.0, 30))
+    s = feed.symbols[BTC]
+    assert (s.quote.bid, s.quote.time) == (9.5, 20) and s.tally.crossed == 1
+    for t in (Trade(BTC, 90_000, 500.0, 1.0, True, "9", 10), trade(2000, 10.0)): feed.on(t)
+    assert s.price.value == 10.0
+    s.ladder.reset(BookSnapshot(BTC, 0, 10, ((9.0, 1.0),), ((11.0, 1.0),)))
+    for last in (10**15, 11):
+        feed.on(BookChange(BTC, 0, 11, last, (), (), 0))
+    assert s.ladder.version is None and s.ladder.broken == {"versions fall": 1}
 
 
 def test_a_quote_is_no_proof_that_trades_still_flow() -> None:
