@@ -219,7 +219,7 @@ def checked_page(rows: Any, start: int, end: int, where: str) -> pl.DataFrame:
     if len(df) and (df['time'][0] < start or df['time'][-1] > end): raise Retry(f'{where}: rows outside of what was asked')
     return df.filter(pl.col('time') < end)
 
-# %% ../nbs/11_exchange.ipynb #cfb51299
+# %% ../nbs/11_exchange.ipynb #6934e2ca
 class _Reads(_Base):
     "What can be asked of the venue; all of it may be asked again."
     async def candles(self, symbol: str, start: int, end: int, running: bool = False) -> pl.DataFrame:
@@ -262,14 +262,16 @@ class _Reads(_Base):
     async def funding(self, symbol: str, start: int, end: int) -> pl.DataFrame:
         "Funding rates of the perpetual settled in [start, end): columns time and rate; empty where there is no perpetual."
         await self._contracts()
-        swap, rows, page = self._swap(symbol), {}, 1
+        swap, rows, page, since = self._swap(symbol), {}, 1, start
         if swap not in self.client.markets: return pl.DataFrame(schema={'time': pl.Int64, 'rate': pl.Float64})
+        by_number = self.client.id == 'mexc'      # from the newest back; others page by time
         while True:
-            got = await self._read(f'funding of {swap}', self.client.fetch_funding_rate_history, swap, limit=100, params={'page_num': page})
+            how = {'limit': 100, 'params': {'page_num': page}} if by_number else {'since': since, 'limit': 1000}
+            got = await self._read(f'funding of {swap}', self.client.fetch_funding_rate_history, swap, **how)
             fresh = {int(r['timestamp']): float(r['fundingRate']) for r in got if r['timestamp'] not in rows}
             rows.update(fresh)
-            if not fresh or min(fresh) < start: break
-            page += 1
+            if not fresh or (min(fresh) < start if by_number else max(fresh) >= end): break
+            page, since = page + 1, max(fresh) + 1
         kept = sorted((t, r) for t, r in rows.items() if start <= t < end)
         return pl.DataFrame(kept, schema={'time': pl.Int64, 'rate': pl.Float64}, orient='row')
 
@@ -290,12 +292,12 @@ class _Reads(_Base):
         return Quote(symbol, b.time, b.bids[0][0], b.asks[0][0], b.time)
 
     async def open_interest(self, symbol: str) -> float | None:
-        "Open interest of the perpetual in contracts, None where the venue tells none."
+        "Open interest of the perpetual, in the venue's contracts (Binance: base coin), None where the venue tells none."
         await self._contracts()
         swap = self._swap(symbol)
         if swap not in self.client.markets: return None
-        ticker = await self._read(f'ticker of {swap}', self.client.fetch_ticker, swap)
-        held = ticker['info'].get('holdVol')
+        if self.client.has['fetchOpenInterest']: held = (await self._read(f'open interest of {swap}', self.client.fetch_open_interest, swap))['openInterestAmount']
+        else: held = (await self._read(f'ticker of {swap}', self.client.fetch_ticker, swap))['info'].get('holdVol')     # MEXC
         return None if held is None else float(held)
 
 # %% ../nbs/11_exchange.ipynb #dd03ae3c

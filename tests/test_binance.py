@@ -23,7 +23,7 @@ from realdeal.ingest import Follower
 from realdeal.settings import Settings
 from realdeal.store import Store, StoreKey
 from realdeal.streams import Patience, Streams
-from realdeal.types import MINUTE, Bar, MarketRules, Print, Refused, Retry
+from realdeal.types import HOUR, MINUTE, BadSetting, Bar, MarketRules, Print, Refused, Retry
 
 SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT"}
 ROOT = Path(os.environ.get("REALDEAL_DATA", ""))
@@ -42,6 +42,10 @@ def market(name: str) -> dict[str, Any]:
             "filters": [{"filterType": "PRICE_FILTER", "minPrice": "0.01000000", "maxPrice": "1000000.00000000", "tickSize": "0.01000000"},
                         {"filterType": "LOT_SIZE", "minQty": STEPS[name], "maxQty": "9000.00000000", "stepSize": STEPS[name]},
                         {"filterType": "NOTIONAL", "minNotional": "5.00000000", "applyMinToMarket": True, "maxNotional": "9000000.00000000"}]}
+
+
+PERPETUAL = {**market("BTCUSDT"), "pair": "BTCUSDT", "contractType": "PERPETUAL", "marginAsset": "USDT", "deliveryDate": 4_133_404_800_000, "onboardDate": 1_569_398_400_000, "contractSize": 1}
+FUNDED = 1_669_852_800_000
 
 
 class Loopback:
@@ -77,7 +81,12 @@ class Loopback:
         name, path = request.query.get("symbol", ""), request.path.rpartition("/v")[2][2:]
         match path:
             case "time": return web.json_response({"serverTime": self.now})
-            case "exchangeInfo": return web.json_response({"symbols": [market(x) for x in SYMBOLS.values()] if request.path.startswith("/api/") else []})
+            case "exchangeInfo": return web.json_response({"symbols": {"api": [market(x) for x in SYMBOLS.values()], "fapiPublic": [PERPETUAL]}.get(request.path.split("/")[1], [])})
+            case "fundingRate":
+                settled = range(FUNDED, FUNDED + 1200 * 8 * HOUR, 8 * HOUR)
+                rows = [t for t in settled if t >= int(request.query["startTime"])][:int(request.query["limit"])]
+                return web.json_response([{"symbol": name, "fundingTime": t, "fundingRate": f"{(t - FUNDED) / HOUR * 1e-8:.8f}", "markPrice": "1"} for t in rows])
+            case "openInterest": return web.json_response({"symbol": name, "openInterest": "10659.509", "time": self.now})
             case "depth": return web.json_response(self.snapshots[name])
             case "klines": return web.json_response([r for r in self.candles[name] if int(request.query["startTime"]) <= r[0] <= int(request.query["endTime"])])
         return web.json_response({"code": -1, "msg": f"no {request.path}"}, status=404)
@@ -149,6 +158,16 @@ async def test_start_and_every_kind() -> None:
         ladder = feed.symbols["BTC/USDT"].ladder
         assert ladder.reset(await client.book("BTC/USDT")) and ladder.version == 9 and ladder.best == (61837.6, 61838.0)
         assert {KIND[type(e)] for e in got} == set(kinds) and next(e for e in got if isinstance(e, Quote)).time == NOW, "bookTicker tells no time: it is our clock's"
+
+
+async def test_funding_and_open_interest() -> None:
+    """More settlements than one page holds, paged by time; what there is no perpetual of is unknown."""
+    async with served(now=NOW) as (_, client):
+        rates = await client.funding("BTC/USDT", FUNDED + 8 * HOUR, FUNDED + 1150 * 8 * HOUR)
+        assert rates["time"].to_list() == [FUNDED + k * 8 * HOUR for k in range(1, 1150)] and rates["rate"][0] == 8e-8
+        assert await client.open_interest("BTC/USDT") == 10659.509 and await client.open_interest("ETH/USDT") is None
+        assert (await client.funding("ETH/USDT", FUNDED, NOW)).is_empty()
+        with pytest.raises(BadSetting, match="own orders are not streamed from binance"): Streams(client, ["BTC/USDT"], private=True)
 
 
 async def test_a_lost_connection_and_bad_frames() -> None:
