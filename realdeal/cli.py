@@ -88,7 +88,7 @@ def run(source: SourceOf = 'recorded', days: Days = 365, hours: Hours = 6, marke
     asyncio.run(run_job(job))
     for line in what_to_open(job): _say(line)
 
-# %% ../nbs/31_cli.ipynb #4404c5c5
+# %% ../nbs/31_cli.ipynb #d780a1fe
 @app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 190[/], or [bold]realdeal ingest --follow --emulator http://127.0.0.1:8765[/], then [bold]realdeal ingest --status --emulator http://127.0.0.1:8765[/]')
 def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 'realistic', follow: Annotated[bool, typer.Option('--follow', help='Follow the live streams until told to stop, instead of fetching history.')] = False,
         emulator: Annotated[str | None, typer.Option(help='With --follow or --status: base URL of an emulator; default: the venue of the settings.')] = None,
@@ -99,7 +99,7 @@ def ingest(source: SourceOf = 'exchange', days: Days = 190, market: Market = 're
     from realdeal import ingest as feeding
     s = read_settings(config)
     if follow: told = asyncio.run(feeding.follow(s, emulator, minutes, metrics_port, _note if as_json else _say))
-    elif status: told = feeding.read_ledger(asyncio.run(feeding.live_store(s, emulator)))
+    elif status: told = feeding.read_ledger(asyncio.run(feeding.live_store(s, emulator)) if emulator or source == 'exchange' else _job(config, source, days, 0, market).store)
     else:
         from realdeal.job import fetch_all
         return asyncio.run(fetch_all(_job(config, source, days, 0, market)))

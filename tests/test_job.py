@@ -130,8 +130,8 @@ def test_parts_of_the_command(demo: Demo) -> None:
     told = json.loads(realdeal("kpi", "--source", "simulated", "--json", home=demo.home).stdout)
     assert told["kpis"]["latency_p95"]["status"] in ("met", "missed")
     ledger = json.loads(realdeal("ingest", "--status", "--source", "simulated", "--json", home=demo.home).stdout)
-    assert ledger["dropped"] == 0 and ledger["connection"]["malformed"] == 0 and ledger["still_missing"] == 0
-    assert all(t["final"] == demo.job.hours * 60 for t in ledger["symbols"].values())
+    assert ledger["dropped"] == 0 and ledger["streams"]["malformed"] == 0 and ledger["minutes"] == 2 * demo.job.hours * 60
+    assert all(sum(t["known"].values()) == demo.job.hours * 60 for t in ledger["symbols"].values())
 
 
 def test_a_report_is_drawn_alone(demo: Demo) -> None:
