@@ -446,6 +446,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'realdeal.ingest.ask': ('ingest.html#ask', 'realdeal/ingest.py'),
                                  'realdeal.ingest.backfill': ('ingest.html#backfill', 'realdeal/ingest.py'),
                                  'realdeal.ingest.backfill_funding': ('ingest.html#backfill_funding', 'realdeal/ingest.py'),
+                                 'realdeal.ingest.doubt_of': ('ingest.html#doubt_of', 'realdeal/ingest.py'),
                                  'realdeal.ingest.emulator_status': ('ingest.html#emulator_status', 'realdeal/ingest.py'),
                                  'realdeal.ingest.follow': ('ingest.html#follow', 'realdeal/ingest.py'),
                                  'realdeal.ingest.live_store': ('ingest.html#live_store', 'realdeal/ingest.py'),

@@ -21,10 +21,10 @@ from .streams import Patience, Streams
 from .types import DAY, HOUR, MINUTE, Bar, Minute, Missing, NotWritten, Print, RealdealError, Rejected, Retry, Stop, as_dict
 
 # %% auto #0
-__all__ = ['ALL_KINDS', 'REACH', 'backfill', 'answers', 'backfill_funding', 'Market', 'open_market', 'live_store',
+__all__ = ['ALL_KINDS', 'REACH', 'backfill', 'doubt_of', 'answers', 'backfill_funding', 'Market', 'open_market', 'live_store',
            'emulator_status', 'ask', 'patience', 'Follower', 'read_ledger', 'Metrics', 'follow']
 
-# %% ../nbs/14_ingest.ipynb #92b299ae
+# %% ../nbs/14_ingest.ipynb #aa6321fa
 _CHUNK = 30 * PAGE * MINUTE   # ms written at once
 
 async def backfill(venue: Exchange, store: Store, symbol: str, start: int, end: int, say: Callable[[str], None] = print, concurrent: int = 4) -> int:
@@ -57,6 +57,10 @@ async def backfill(venue: Exchange, store: Store, symbol: str, start: int, end: 
             say(f'{symbol}: {done:,} of {todo:,} minutes')
     if not done and store.read(symbol, start, end).is_empty(): raise Missing(f'{symbol}: {venue.client.id} has no candles in the span that was asked for')
     return done
+
+def doubt_of(clock: Clock) -> int:
+    "ms of market time by which our clock may be ahead of the venue's: some seconds of ours, nothing where the market is stepped."
+    return 0 if clock.rate == 0 else int(max(15_000, 1_000 * clock.rate))
 
 async def answers(venue: Exchange, symbol: str) -> bool:
     "Whether the venue has any candle of the last hours, which it must have."
@@ -116,7 +120,7 @@ async def ask(control: aiohttp.ClientSession, method: str, path: str) -> dict[st
         if answer.status != 200: raise Stop(f'the emulator refused {path}: {told.get("error", told)}')
         return told
 
-# %% ../nbs/14_ingest.ipynb #cb2fe1d1
+# %% ../nbs/14_ingest.ipynb #8fca6966
 ALL_KINDS: tuple[Kind, ...] = ('trades', 'candles', 'quotes', 'book', 'day')
 REACH = DAY    # ms back from now within which lost trades are asked for; of older minutes the candle has to do
 
@@ -184,7 +188,7 @@ class Follower:
         rows = await self.venue.candles(symbol, start, end + MINUTE, running=True)
         now, heard = self.venue.clock.now(), self.feed.symbols[symbol].heard
         if rows.is_empty() and not await answers(self.venue, symbol): raise Retry(f'{self.venue.client.id}: candles of {symbol}: the venue answers with nothing')
-        upto = now if self.venue.clock.rate == 0 else max(now - MINUTE, heard, rows['time'][-1] if len(rows) else 0)
+        upto = max(now - doubt_of(self.venue.clock), heard, rows['time'][-1] if len(rows) else 0)
         upto = min(upto - upto % MINUTE, end)
         return {b['time']: Bar(**b) for b in rows.iter_rows(named=True) if b['time'] < upto}, upto
 

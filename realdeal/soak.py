@@ -177,7 +177,7 @@ class Home:
             if row[0] < upto: found[symbol][row[0]] = tuple(row)
         return {x: [rows[t] for t in sorted(rows)] for x, rows in found.items()}
 
-# %% ../nbs/16_soak.ipynb #84276d79
+# %% ../nbs/16_soak.ipynb #245d40ac
 class FollowerProcess:
     "The follower as a process of its own; `crashes` counts the ends that nobody asked for."
     def __init__(self, settings: Path, url: str, log: Path, say: Callable[[str], None]):
@@ -223,7 +223,8 @@ class FollowerProcess:
                 try: await asyncio.sleep(seconds)
                 finally: os.kill(p.pid, signal.SIGCONT)
             if name == 'disk_full':
-                before = resource.prlimit(p.pid, resource.RLIMIT_FSIZE)
+                # Ours, not the process's: it may be suffering already, and would suffer for ever.
+                before = resource.getrlimit(resource.RLIMIT_FSIZE)
                 resource.prlimit(p.pid, resource.RLIMIT_FSIZE, (0, before[1]))
                 try: await asyncio.sleep(seconds)
                 finally: resource.prlimit(p.pid, resource.RLIMIT_FSIZE, before)
