@@ -1,5 +1,5 @@
 """A short soak as a user runs it: interrupted, killed, gone on with, and judged; and one with faults close together."""
-import asyncio, json, os, signal, subprocess, sys, time
+import asyncio, json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from realdeal import soak
@@ -74,3 +74,16 @@ async def test_faults_close_together_lose_nothing(tmp_path, monkeypatch):
 def test_a_plan_that_cannot_be(tmp_path, args):
     p = begin(tmp_path / 'soak', *args)
     assert p.wait(60) == 78
+
+
+async def test_two_disk_faults_at_once_end(tmp_path):
+    follower = soak.FollowerProcess(tmp_path / 'settings.ini', 'http://127.0.0.1:9', tmp_path / 'log', print)
+    follower.process = await asyncio.create_subprocess_exec('sleep', '30')
+    def limit(): return resource.prlimit(follower.process.pid, resource.RLIMIT_FSIZE)[0]
+    both = asyncio.gather(follower.suffer('disk_full', .4), follower.suffer('disk_full', .8))
+    await asyncio.sleep(.2)
+    assert limit() == 0
+    await both
+    assert limit() == resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    follower.process.kill()
+    await follower.process.wait()
