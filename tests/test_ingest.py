@@ -98,8 +98,15 @@ async def test_own_orders_are_heard_and_a_lost_key_is_renewed() -> None:
                 while not any(isinstance(x, OrderUpdate) and x.client_id == "rdone" for x in live.inbox.take()): await asyncio.sleep(0.02)  # noqa: ASYNC110
 
 
-async def follow(e: Emulator, folder: Path, seconds: float, queue: int | None = None) -> Follower:
-    """Follow for some seconds of the wall, then settle while the market stands."""
+async def passes(e: Emulator, minutes: int) -> None:
+    """Until the market is so many minutes further, however slow the machine is."""
+    goal = e.clock.now + minutes * MINUTE
+    async with asyncio.timeout(60):
+        while e.clock.now < goal: await asyncio.sleep(0.05)  # noqa: ASYNC110
+
+
+async def follow(e: Emulator, folder: Path, minutes: int, queue: int | None = None) -> Follower:
+    """Follow for some minutes of the market, then settle while it stands."""
     async with open_market(SETTINGS, e.url) as market:
         f = Follower(market.venue, store_at(folder), SETTINGS, say=lambda _: None)
         if queue: f.streams.inbox.limit = queue
@@ -107,7 +114,7 @@ async def follow(e: Emulator, folder: Path, seconds: float, queue: int | None = 
         await f.streams.open()
         stop = asyncio.Event()
         running = asyncio.create_task(f.run(stop))
-        await asyncio.sleep(seconds)
+        await passes(e, minutes)
         await e.clock.pause()
         stop.set()
         await running
@@ -115,8 +122,8 @@ async def follow(e: Emulator, folder: Path, seconds: float, queue: int | None = 
 
 
 async def test_a_full_queue_is_a_gap_that_is_repaired(tmp_path: Path) -> None:
-    async with emulator(speed=240, busy={x: {NOW + m * MINUTE: 1_500 for m in (6, 9)} for x in SYMBOLS}) as e:
-        f = await follow(e, tmp_path, 6.0, queue=300)
+    async with emulator(speed=240, busy={x: {NOW + m * MINUTE: 1_500 for m in range(3, 120, 4)} for x in SYMBOLS}) as e:
+        f = await follow(e, tmp_path, 20, queue=300)
         told = f.ledger()
         assert told["queue_dropped"] > 0 and told["dropped"] == 0
         for x in SYMBOLS:
@@ -128,10 +135,10 @@ async def test_a_full_queue_is_a_gap_that_is_repaired(tmp_path: Path) -> None:
 async def test_a_new_start_repairs_what_the_last_one_left_open(tmp_path: Path) -> None:
     """Nothing is saved at the end: minutes without evidence are doubts of the next start."""
     async with emulator(speed=240) as e:
-        first = await follow(e, tmp_path, 3.0)
+        first = await follow(e, tmp_path, 6)
         e.clock.run()
-        await asyncio.sleep(2.5)
-        second = await follow(e, tmp_path, 3.0)
+        await passes(e, 10)
+        second = await follow(e, tmp_path, 6)
         assert sum(s.tally.doubts["not running"] for s in second.feed.symbols.values()) >= 2 * 8
         for x in SYMBOLS:
             mine = kept(second.store, x)
