@@ -21,10 +21,10 @@ from .streams import Patience, Streams
 from .types import DAY, HOUR, MINUTE, Bar, Minute, Missing, NotWritten, Print, RealdealError, Rejected, Retry, Stop, as_dict
 
 # %% auto #0
-__all__ = ['ALL_KINDS', 'REACH', 'backfill', 'doubt_of', 'answers', 'backfill_funding', 'Market', 'open_market', 'live_store',
-           'emulator_status', 'ask', 'patience', 'Follower', 'read_ledger', 'Metrics', 'follow']
+__all__ = ['ALL_KINDS', 'REACH', 'backfill', 'answers', 'backfill_funding', 'Market', 'open_market', 'live_store',
+           'emulator_status', 'ask', 'doubt_of', 'patience', 'Follower', 'read_ledger', 'Metrics', 'follow']
 
-# %% ../nbs/14_ingest.ipynb #aa6321fa
+# %% ../nbs/14_ingest.ipynb #92b299ae
 _CHUNK = 30 * PAGE * MINUTE   # ms written at once
 
 async def backfill(venue: Exchange, store: Store, symbol: str, start: int, end: int, say: Callable[[str], None] = print, concurrent: int = 4) -> int:
@@ -57,10 +57,6 @@ async def backfill(venue: Exchange, store: Store, symbol: str, start: int, end: 
             say(f'{symbol}: {done:,} of {todo:,} minutes')
     if not done and store.read(symbol, start, end).is_empty(): raise Missing(f'{symbol}: {venue.client.id} has no candles in the span that was asked for')
     return done
-
-def doubt_of(clock: Clock) -> int:
-    "ms of market time by which our clock may be ahead of the venue's: some seconds of ours, nothing where the market is stepped."
-    return 0 if clock.rate == 0 else int(max(15_000, 1_000 * clock.rate))
 
 async def answers(venue: Exchange, symbol: str) -> bool:
     "Whether the venue has any candle of the last hours, which it must have."
@@ -120,9 +116,13 @@ async def ask(control: aiohttp.ClientSession, method: str, path: str) -> dict[st
         if answer.status != 200: raise Stop(f'the emulator refused {path}: {told.get("error", told)}')
         return told
 
-# %% ../nbs/14_ingest.ipynb #8fca6966
+# %% ../nbs/14_ingest.ipynb #4e035343
 ALL_KINDS: tuple[Kind, ...] = ('trades', 'candles', 'quotes', 'book', 'day')
 REACH = DAY    # ms back from now within which lost trades are asked for; of older minutes the candle has to do
+
+def doubt_of(clock: Clock) -> int:
+    "ms of market time by which our clock may be ahead of the venue's: some seconds of ours, nothing where the market is stepped."
+    return 0 if clock.rate == 0 else int(max(15_000, 1_000 * clock.rate))
 
 def patience(s: Settings) -> Patience: return Patience(silence=s.data.stream_silence, age=s.data.stream_age)
 
@@ -136,7 +136,7 @@ class Follower:
         self.feed = Feed(s.data.symbols, s.data.close_grace_ms)
         self.kinds, self.trades, self.tries, self.pause = kinds, trades, tries, pause
         self.began = venue.clock.now()
-        self.disk_errors = self.rest_errors = self.swept = 0
+        self.disk_errors = self.rest_errors = 0
         self._waiting: list[Minute] = []            # known, not yet on disk
         self._not_before: dict[tuple[str, int], float] = {}
         self._mending: set[str] = set()
@@ -224,9 +224,7 @@ class Follower:
                 found += self.feed.verify(symbol, bars.values())
                 if s.verified == since: break
             return found
-        found = sum(await self._each(one))
-        self.swept += 1
-        return found
+        return sum(await self._each(one))
 
     async def flush(self) -> None:
         "Write what became known; what the disk does not take waits for the next time."

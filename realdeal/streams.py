@@ -19,24 +19,27 @@ from .types import BadData, BackOff, BadSetting, Rejected, RealdealError, Retry
 # %% auto #0
 __all__ = ['SUBSCRIPTIONS', 'AGE', 'Inbox', 'Patience', 'Connection', 'Link', 'Streams']
 
-# %% ../nbs/12_streams.ipynb #7389ac53
+# %% ../nbs/12_streams.ipynb #2e9bf6b8
 class Inbox:
     "A queue of at most `limit` events."
     def __init__(self, limit: int):
         self.limit, self.dropped = limit, 0
         self._events: deque[Event] = deque()
         self._some = asyncio.Event()
-        self._missed: dict[str, int] = {}     # symbol -> time of its first dropped event
+        self._missed: dict[str, int] = {}     # symbol -> time of its earliest dropped event
+        self._open: set[tuple[str, str]] = set()   # gaps, by symbol and reason, that no event has closed yet: they are told once
 
     def __len__(self) -> int: return len(self._events)
 
     def put(self, e: Event) -> None:
         if isinstance(e, Gap):
-            if self._events and isinstance(last := self._events[-1], Gap) and (last.symbol, last.reason) == (e.symbol, e.reason): return
+            if (e.symbol, e.reason) in self._open: return
+            self._open.add((e.symbol, e.reason))
         elif len(self._events) >= self.limit and not isinstance(e, OrderUpdate):
             self.dropped += 1
             self._missed[e.symbol] = min(e.time, self._missed.get(e.symbol, e.time))
             return
+        elif self._open and not isinstance(e, OrderUpdate): self._open = {g for g in self._open if g[0] != e.symbol}
         if self._missed: self._tell_missed(e.received)
         self._events.append(e)
         self._some.set()
@@ -140,8 +143,9 @@ class Connection:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(1.0): await socket.close()
 
-# %% ../nbs/12_streams.ipynb #4d5df692
+# %% ../nbs/12_streams.ipynb #ac70f9b8
 class Link:
+    "`symbols` with all their `channels`, or the own orders where there are none; `now`: the connection that speaks."
     def __init__(self, owner: Streams, symbols: tuple[str, ...], channels: Sequence[str]):
         self.owner, self.symbols, self.channels = owner, symbols, channels
         self.now: Connection | None = None

@@ -124,8 +124,11 @@ def test_a_full_queue_tells_the_earliest_event_it_dropped() -> None:
     for ms in (5, 60_010, 59_990): box.put(trade(ms, 1.0))
     box.take()
     assert box.take() == [Gap(BTC, 59_990, "queue full", 0)]
-    for k in range(100): box.put(Gap(BTC, k, "malformed frame", k))
-    assert len(box) == 1, "a hundred bad frames are one gap"
+    for k in range(100):
+        for x in SYMBOLS: box.put(Gap(x, k, "malformed frame", k))
+    assert [e.symbol for e in box.take()] == list(SYMBOLS), "a hundred bad frames are one gap of each symbol"
+    for e in (trade(1, 1.0), Gap(BTC, 1, "malformed frame", 1)): box.put(e)
+    assert len(box) == 2, "what came after data is a gap of its own"
 
 
 def one(k: int) -> Minute: return Minute(BTC, b := Bar(k * MINUTE, 1.0, 1.0, 1.0, 1.0, 1.0), (Print(k * MINUTE, 1.0, 1.0, True),), b, "stream")
