@@ -87,19 +87,21 @@ KNOWN = tuple(f.name for f in FEATURES if f.known)
 WARMUP = max(f.warmup for f in FEATURES) + 1          # rows of 15 minutes
 WARMUP_MINUTES = (WARMUP + 1) * _MINUTES
 
-# %% ../nbs/17_features.ipynb #de709217
+# %% ../nbs/17_features.ipynb #b21b866b
 @dataclass(frozen=True)
 class Panel:
     """Feature rows of several symbols, sorted by symbol, then time.
 
-    times (n,) int64 ms; group (n,) index into symbols; X (n, k) float64; close (n,) in quote; sigma (n,) standard deviation of a
-    15-minute log return over the last day; real (n,) the row's bar and the whole of its day were traded.
+    times (n,) int64 ms; group (n,) index into symbols; X (n, k) float64; close, high, low (n,) of the row's bar in quote; sigma (n,)
+    standard deviation of a 15-minute log return over the last day; real (n,) the row's bar and the whole of its day were traded.
     """
     symbols: tuple[str, ...]
     times: np.ndarray
     group: np.ndarray
     X: np.ndarray
     close: np.ndarray
+    high: np.ndarray
+    low: np.ndarray
     sigma: np.ndarray
     real: np.ndarray
     names: tuple[str, ...] = NAMES
@@ -107,7 +109,7 @@ class Panel:
     def __len__(self) -> int: return len(self.times)
     def rows(self, mask: np.ndarray) -> Panel:
         "The rows where `mask` (n,) is true."
-        return replace(self, **{k: getattr(self, k)[mask] for k in ('times', 'group', 'X', 'close', 'sigma', 'real')})
+        return replace(self, **{k: getattr(self, k)[mask] for k in ('times', 'group', 'X', 'close', 'high', 'low', 'sigma', 'real')})
 
 def panel(candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFrame], end: int, start: int | None = None) -> Panel:
     """Features of every closed 15-minute bar up to `end` (ms), of the whole history or of a window that is long enough.
@@ -124,11 +126,11 @@ def panel(candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFram
         peer = symbols[0] if i else symbols[min(1, len(symbols) - 1)]
         frame = _join_funding(grids[s].with_columns(peer_close=grids[peer]['close'], peer_sigma15=grids[peer]['sigma15']), funding.get(s))
         ready = pl.int_range(pl.len())
-        parts.append(frame.select('time', 'close', 'sigma15', 'real', 'real_day', *[pl.when(ready >= f.warmup).then(f.expr).alias(f.name) for f in FEATURES], group=pl.lit(i)))
+        parts.append(frame.select('time', 'close', 'high', 'low', 'sigma15', 'real', 'real_day', *[pl.when(ready >= f.warmup).then(f.expr).alias(f.name) for f in FEATURES], group=pl.lit(i)))
     df = pl.concat(parts)
     if start is not None: df = df.filter(pl.col('time') >= start)
     X = df.select(NAMES).to_numpy()
-    return Panel(symbols, df['time'].to_numpy(), df['group'].to_numpy(), np.where(np.isfinite(X), X, np.nan), df['close'].to_numpy(), df['sigma15'].to_numpy(),
+    return Panel(symbols, df['time'].to_numpy(), df['group'].to_numpy(), np.where(np.isfinite(X), X, np.nan), *(df[c].to_numpy() for c in ('close', 'high', 'low', 'sigma15')),
         ((df['real'] == 1) & (df['real_day'] > 0.95)).fill_null(False).to_numpy())
 
 def _with_sigma(g: pl.DataFrame) -> pl.DataFrame: return g.with_columns(sigma15=_vol(_DAY), real_day=_c('real').rolling_mean(_DAY))
