@@ -19,7 +19,7 @@ from .types import DAY, MINUTE, Account, BadData, Bar, Decision, Fill, MarketRul
 
 # %% auto #0
 __all__ = ['Tape', 'tape', 'Step', 'fold', 'accounts', 'vectorbt_accounts', 'Result', 'daily_returns', 'figures', 'backtest',
-           'direction_score', 'day_bootstrap', 'parity']
+           'parity']
 
 # %% ../nbs/30_backtest.ipynb #74eed4e5
 @dataclass(frozen=True)
@@ -144,43 +144,6 @@ def backtest(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataF
     if worst >= 0.005: raise BadData(f'the accounts of the fold and of vectorbt differ by {worst:.4f}: a fill rule is broken')
     hold = s.risk.capital * (t.close / t.open[0]).mean(1)
     return Result(t.times, cash, equity, hold, tuple(steps), figures(t.times, equity, fills, s.risk.capital))
-
-# %% ../nbs/30_backtest.ipynb #3e461f8a
-def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s: Settings, *, tradable: bool = True, at_least: float = 0.05) -> dict[str, float]:
-    """Accuracy of the sides taken, without ties, on rows with a label; `forward` (n,) log returns over the horizon.
-
-    tradable: only sides that can be traded count; on spot a bet on a fall is no position.
-
-    base_rate: share of the more frequent direction among all rows with a label; persistence: accuracy of "the last horizon's direction
-    goes on"; net_bp: mean log return of a row in the side's direction less a taker's round trip, in basis points.
-    """
-    side = np.array([{'long': 1, 'short': -1, 'flat': 0}[x.side] for x in signals])
-    if tradable and not s.strategy.allow_short: side = np.maximum(side, 0)
-    prob = np.array([x.prob for x in signals])
-    known = np.isfinite(forward) & (forward != 0)
-    if not known.any(): raise BadData('no row with a label: the span is shorter than the horizon')
-    said = known & (side != 0)
-    right, up = np.sign(forward) == side, forward > 0
-    def share(x: np.ndarray, m: np.ndarray) -> float: return float(x[m].mean()) if m.any() else math.nan
-    last = p.X[:, p.names.index('ret_4h')]
-    low, high = day_bootstrap(right[said].astype(float), p.times[said], s.run.seed)
-    return {
-        'accuracy': share(right, said), 'accuracy_low': low, 'accuracy_high': high,
-        'coverage': float(said.sum() / known.sum()), 'rows': float(said.sum()),
-        'base_rate': max(share(up, known), 1 - share(up, known)), 'persistence': share((last > 0) == up, said),
-        'accuracy_all': share((prob > 0.5) == up, known & (prob != 0.5)),
-        'net_bp': float((forward[said] * side[said]).mean() * 1e4 - s.costs.round_trip * 1e4) if said.any() else math.nan,
-        'enough': float(said.sum() / known.sum() >= at_least),
-    }
-
-def day_bootstrap(x: np.ndarray, times: np.ndarray, seed: int, rounds: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    "Interval of the mean of `x` (n,) by resampling whole days (Kuensch, 1989, with blocks of a day)."
-    if not len(x): return math.nan, math.nan
-    _, day = np.unique(times // DAY, return_inverse=True)
-    sums, counts = np.bincount(day, x), np.bincount(day)
-    pick = np.random.default_rng(seed).integers(len(sums), size=(rounds, len(sums)))
-    means = sums[pick].sum(1) / counts[pick].sum(1)
-    return float(np.quantile(means, (1 - level) / 2)), float(np.quantile(means, (1 + level) / 2))
 
 # %% ../nbs/30_backtest.ipynb #684e34a3
 def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]], p: Panel, signals: Sequence[Signal], t: Tape,

@@ -21,8 +21,8 @@ Ints = NDArray[np.int64]
 __all__ = ['Floats', 'Ints', 'TICK', 'LOT', 'TRAITS', 'PLANTED', 'LEADER', 'FOLLOWS', 'LAGS', 'DRIFT', 'DRIFT_LIFE', 'Kind',
            'PATHS', 'HALTS_PER_DAY', 'FUNDING_EVERY', 'SUMS', 'Row', 'BURST', 'Truth', 'Candles', 'stream', 'slow',
            'Traits', 'traits', 'Walk', 'volatility', 'null_path', 'planted_path', 'shocks', 'rhythm', 'realistic_path',
-           'rounded', 'candles_of', 'open_minutes', 'generate', 'Funding', 'funding', 'Trade', 'trades_of', 'bar_of',
-           'checksum', 'Tick', 'Minute', 'Tape', 'busy_minutes', 'fold', 'bars_at', 'trades_at', 'truth_of']
+           'rounded', 'candles_of', 'open_minutes', 'generate', 'stretched', 'Funding', 'funding', 'Trade', 'trades_of',
+           'bar_of', 'checksum', 'Tick', 'Minute', 'Tape', 'busy_minutes', 'fold', 'bars_at', 'trades_at', 'truth_of']
 
 # %% ../nbs/04_market.ipynb #f3149568
 @dataclass(frozen=True, eq=False)
@@ -189,6 +189,20 @@ def generate(kind: Kind, symbols: Sequence[str], start: int, minutes: int, seed:
     if kind != 'realistic': return made
     is_open = open_minutes(minutes, seed)
     return {s: c.take(is_open) for s, c in made.items()}
+
+# %% ../nbs/04_market.ipynb #ec9a7ff6
+def stretched(c: Candles, factor: int, seed: int) -> Candles:
+    "Candles whose bars of `factor` minutes open and close where the minutes of `c` do; the first is where `c` begins."
+    n = len(c)
+    o, r = np.log(c.open), np.log(c.close / c.open)
+    steps = stream(seed, c.symbol, 'stretch').standard_normal((n, factor)) * (r.std() / np.sqrt(factor))
+    path = o[:, None] + np.cumsum(steps - steps.mean(1, keepdims=True) + (r / factor)[:, None], axis=1)
+    close = rounded(path)
+    close[:, -1] = c.close
+    opened = np.concatenate((c.open[:, None], close[:, :-1]), axis=1)
+    time = c.time[0] + (c.time - c.time[0])[:, None] * factor + MINUTE * np.arange(factor)
+    columns = (time, opened, np.maximum(opened, close), np.minimum(opened, close), close, np.repeat(c.volume[:, None] / factor, factor, axis=1))
+    return Candles(c.symbol, *(x.ravel() for x in columns))  # type: ignore[arg-type]
 
 # %% ../nbs/04_market.ipynb #9a170ecc
 FUNDING_EVERY = 8 * HOUR

@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #39e1e981
+# %% ../nbs/02_settings.ipynb #e0bd4818
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -77,10 +77,16 @@ class Risk(Section):
     max_daily_loss: Annotated[float, Field(gt=0, le=0.5)] = 0.03
 
 class Model(Section):
-    test_days: Annotated[int, Field(ge=5)] = 90
+    test_days: Annotated[int, Field(ge=5)] = 365
+    reserve_days: Annotated[int, Field(ge=5)] = 184
+    label: Literal['direction', 'return', 'barrier'] = 'direction'
+    barrier: Annotated[float, Field(gt=0, le=5)] = 1.0
     trials: Count = 200
     rounds: Count = 600
     early_stopping: Count = 40
+    seeds: Count = 5
+    workers: Count = 2
+    sequence_days: Count = 365
     encoder_steps: Annotated[int, Field(ge=4, le=512)] = 32
     hidden_size: Annotated[int, Field(ge=4, le=256)] = 16
     max_epochs: Count = 20
@@ -100,7 +106,7 @@ class Paths(Section):
 class Run(Section):
     seed: Annotated[int, Field(ge=0)] = 7
 
-# %% ../nbs/02_settings.ipynb #2910ba5a
+# %% ../nbs/02_settings.ipynb #f41bd7c5
 class Settings(Section):
     project: Project = Project()
     data: Data = Data()
@@ -121,8 +127,8 @@ class Settings(Section):
 
     @property
     def hash(self) -> str:
-        "SHA-256 (16 hex digits) of every value that can change a result; folders cannot."
-        values = self.model_dump(mode='json', exclude={'home', 'paths', 'project'})
+        "SHA-256 (16 hex digits) of every value that can change a result; folders and the number of processes cannot."
+        values = self.model_dump(mode='json', exclude={'home': True, 'paths': True, 'project': True, 'model': {'workers'}})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def override(self, **sections: Mapping[str, Any]) -> Settings:

@@ -21,10 +21,10 @@ from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, Not
 FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
-__all__ = ['FrameSchema', 'CANDLES', 'TRADES', 'EVIDENCE', 'write_atomic', 'check_candles', 'candle_frame', 'read_candle_file',
-           'dense', 'StoreKey', 'Store', 'write_parquet', 'Journal']
+__all__ = ['FrameSchema', 'CANDLES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles', 'candle_frame',
+           'read_candle_file', 'dense', 'StoreKey', 'Store', 'write_parquet', 'Journal']
 
-# %% ../nbs/09_store.ipynb #3dade715
+# %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
     "Write `content` to `path` whole or not at all; a full disk is one clear error."
     data = content.encode() if isinstance(content, str) else content
@@ -39,6 +39,15 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
         why = 'the disk is full' if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror
         raise NotWritten(f'{path}: cannot be written: {why}; nothing was changed') from None
     return path
+
+def append_line(path: Path, line: str) -> None:
+    "Add one line to a log: one write, flushed to disk, so that two processes do not mix and a kill leaves no half of it before a whole one."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try: os.write(fd, line.rstrip('\n').encode() + b'\n'); os.fsync(fd)
+        finally: os.close(fd)
+    except OSError as e: raise NotWritten(f'{path}: cannot be written: {e.strerror}') from None
 
 # %% ../nbs/09_store.ipynb #f23cb9a0
 CANDLES: FrameSchema = {'time': pl.Int64, 'open': pl.Float64, 'high': pl.Float64, 'low': pl.Float64, 'close': pl.Float64, 'volume': pl.Float64, 'origin': pl.String}

@@ -14,7 +14,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 REPO = Path(__file__).parent.parent
-DEMO = ["demo", "--days", "49", "--test-days", "10", "--hours", "2"]
+DEMO = ["demo", "--days", "49", "--test-days", "5", "--reserve-days", "6", "--hours", "2"]
 
 
 def realdeal(*args: str, home: Path = REPO, **env: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,7 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """`realdeal demo` on 49 days, killed with SIGKILL while it trains, and run again."""
     from realdeal.cli import DEMO as SMALL
-    from realdeal.job import Job
+    from realdeal.plan import Job
     from realdeal.settings import read_settings
 
     home = make_home(tmp_path_factory.mktemp("demo"))
@@ -61,10 +61,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     with log.open("w") as out:
         p = subprocess.Popen([sys.executable, "-u", "-m", "realdeal", *DEMO], cwd=home, stdout=out, stderr=out, start_new_session=True)
         until = time.monotonic() + 300
-        while "trial 3/" not in log.read_text() and p.poll() is None and time.monotonic() < until: time.sleep(0.1)
+        while "trial 4/" not in log.read_text() and p.poll() is None and time.monotonic() < until: time.sleep(0.1)
         os.killpg(p.pid, signal.SIGKILL)
         p.wait()
     again = realdeal(*DEMO, home=home)
     assert again.returncode == 0, log.read_text()[-2000:] + again.stdout[-3000:] + again.stderr[-3000:]
-    s = read_settings(home / "settings.ini", env={}).override(model={**SMALL, "test_days": 10})
+    s = read_settings(home / "settings.ini", env={}).override(model={**SMALL, "test_days": 5, "reserve_days": 6})
     return Demo(home, log.read_text(), again.stdout, Job(s, "simulated", 49, 2, say=lambda _: None))

@@ -1,18 +1,20 @@
 """No feature, label split or prediction at or before t may change when the future does, at many t."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
 from conftest import Demo
 
+from realdeal.emulator import SIMULATED_START
 from realdeal.ensemble import load_predictor
-from realdeal.features import FEATURES, STEP, WARMUP, assert_blind, panel, spoil
-from realdeal.job import SIMULATED_START
+from realdeal.features import FEATURES, FUNDING_WINDOW, KNOWN, STEP, WARMUP, Panel, assert_blind, panel, spoil
 from realdeal.market import generate
 from realdeal.types import DAY, MINUTE
 
-DAYS = 14
+DAYS = 21
 END = SIMULATED_START + DAYS * DAY
 
 
@@ -37,32 +39,49 @@ def test_features_at_many_times(candles: dict[str, pl.DataFrame], rates: dict[st
 
 
 def test_funding_is_known_when_it_is_settled(candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> None:
-    """An hour after a settlement, what is settled next changes nothing; at the settlement itself it is known."""
+    """An hour after a settlement, what is settled next changes nothing; at the settlement itself it is known. Means and changes hold nothing else."""
     eight = 8 * 3_600_000
     t = SIMULATED_START + 10 * DAY + 3_600_000
     later = {k: r.with_columns(rate=pl.when(pl.col("time") > t).then(1.0).otherwise(pl.col("rate"))) for k, r in rates.items()}
     a, b = panel(candles, rates, END), panel(candles, later, END)
-    i, old, new = a.names.index("funding"), a.times <= t, a.times >= t - 3_600_000 + eight
-    assert np.isfinite(a.X[a.times >= SIMULATED_START + DAY, i]).all()
-    assert np.array_equal(a.X[old, i], b.X[old, i], equal_nan=True)
-    assert (b.X[new, i] == 1e4).all()
+    old, new = a.times <= t, a.times == t - 3_600_000 + eight
+    for name, known in (("funding", 1e4), ("funding_change", None), ("funding_3d", None), ("funding_7d", None)):
+        i = a.names.index(name)
+        assert np.isfinite(a.X[a.times >= SIMULATED_START + 8 * DAY, i]).all()
+        assert np.array_equal(a.X[a.times < t - 3_600_000 + eight, i], b.X[a.times < t - 3_600_000 + eight, i], equal_nan=True) and np.array_equal(a.X[old, i], b.X[old, i], equal_nan=True)
+        assert (np.abs(b.X[new, i]) > 100).all() and (known is None or (b.X[new, i] == known).all())
 
 
-@pytest.mark.parametrize("feature", [f.name for f in FEATURES if f.warmup])
-def test_warmup_is_enough_and_needed(candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame], feature: str) -> None:
-    """The declared warm-up gives a value, and it is the value of the whole history."""
-    f = next(x for x in FEATURES if x.name == feature)
-    a = panel(candles, rates, END, start=END)
-    short = {k: c.filter(pl.col("time") >= END - (f.warmup + 1) * STEP) for k, c in candles.items()}
-    b = panel(short, rates, END, start=END)
-    i = a.names.index(feature)
-    assert np.isfinite(b.X[:, i]).all()
-    np.testing.assert_allclose(b.X[:, i], a.X[:, i], rtol=1e-9, atol=1e-12)
+LATE = [f.name for f in FEATURES if f.warmup]
+
+
+@pytest.fixture(scope="module")
+def whole(candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> Panel:
+    return panel(candles, rates, END, start=END)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_warmup_is_enough_and_needed(whole: Panel, candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame], name: str) -> None:
+    """The declared warm-up gives the value of the whole history; one row less gives none, even where nothing hides the rows before it."""
+    f = replace(next(x for x in FEATURES if x.name == name), warmup=0)
+    def last(rows: int) -> np.ndarray: return panel({k: c.filter(pl.col("time") >= END - rows * STEP) for k, c in candles.items()}, rates, END, END, [f]).X[:, 0]
+    declared = next(x.warmup for x in FEATURES if x.name == name)
+    np.testing.assert_allclose(last(declared + 1), whole.X[:, whole.names.index(name)], rtol=1e-9, atol=1e-12)
+    assert np.isfinite(last(declared + 1)).all() and np.isnan(last(declared)).all()
+
+
+def test_no_warmup_is_declared_late(whole: Panel, candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> None:
+    """The rest needs one bar, and the settlements of FUNDING_WINDOW."""
+    short = {k: c.filter(pl.col("time") >= END - STEP) for k, c in candles.items()}
+    one = panel(short, {k: r.filter(pl.col("time") >= END - FUNDING_WINDOW) for k, r in rates.items()}, END)
+    others = [i for i, n in enumerate(whole.names) if n not in LATE]
+    assert {whole.names[i] for i in others} == {"flow_15m", "funding", "funding_change", "funding_3d", "funding_7d", *KNOWN} and np.isfinite(one.X[:, others]).all()
+    np.testing.assert_allclose(one.X[:, others], whole.X[:, others], rtol=1e-9, atol=1e-9)
 
 
 def test_predictions(demo: Demo, candles: dict[str, pl.DataFrame], rates: dict[str, pl.DataFrame]) -> None:
     predictor = load_predictor(demo.data / "models", demo.job.s)
-    t = SIMULATED_START + 12 * DAY
+    t = SIMULATED_START + 17 * DAY
     before, after = panel(candles, rates, END), panel({k: spoil(c, t) for k, c in candles.items()}, rates, END)
     rows = np.flatnonzero((before.times <= t) & (before.times > t - DAY))
     assert [x.prob for x in predictor.predict(before, rows)] == pytest.approx([x.prob for x in predictor.predict(after, rows)], rel=1e-9)

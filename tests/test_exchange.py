@@ -11,7 +11,7 @@ from aiohttp import web
 from realdeal.broker import CcxtBroker
 from realdeal.emulator import Emulator, Limits, serve
 from realdeal.exchange import Clock, Exchange
-from realdeal.job import SIMULATED_START
+from realdeal.emulator import SIMULATED_START
 from realdeal.market import funding, generate
 from realdeal.settings import Settings
 from realdeal.types import DAY, HOUR, MINUTE, BadSetting, Intent, OrderStatus, Refused, Retry

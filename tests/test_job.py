@@ -14,7 +14,7 @@ from conftest import DEMO, Demo, realdeal
 
 from realdeal.cards import load_result
 from realdeal.ensemble import load_predictor, read_manifest
-from realdeal.job import Job, job_blocks, read_panel
+from realdeal.plan import Job, job_blocks, read_panel, readings, report_span
 from realdeal.provenance import Manifest
 from realdeal.settings import read_settings
 from realdeal.types import DAY, MINUTE, Refused
@@ -23,7 +23,7 @@ from realdeal.types import DAY, MINUTE, Refused
 def test_goes_on_after_a_kill(demo: Demo) -> None:
     assert "done in" not in demo.killed, "it was killed before its first step was done"
     assert "candles: all there before" in demo.resumed and "study goes on after" in demo.resumed
-    assert all(f"{step}: done in" in demo.resumed for step in ("train", "paper", "backtest", "reports"))
+    assert all(f"{step}: done in" in demo.resumed for step in ("train", "audit", "paper", "backtest", "reports"))
 
 
 def test_twice_does_nothing(demo: Demo) -> None:
@@ -31,12 +31,12 @@ def test_twice_does_nothing(demo: Demo) -> None:
     again = realdeal(*DEMO, home=demo.home)
     assert again.returncode == 0
     assert [line for line in again.stdout.splitlines() if "done in" in line] == []
-    assert sum("done before" in line for line in again.stdout.splitlines()) == 4
+    assert sum("done before" in line for line in again.stdout.splitlines()) == 5
     assert {p: p.read_bytes() for p in demo.reports.rglob("*") if p.is_file()} == before
 
 
 def test_outputs_by_name(demo: Demo) -> None:
-    for name in ("backtests/10d_BTCUSDT.html", "backtests/10d_ETHUSDT.html", "model_cards/lgbm.html", "model_cards/tft.html", "kpi.json", "KPI.md"): assert (demo.reports / name).is_file(), name
+    for name in ("backtests/6d_BTCUSDT.html", "backtests/6d_ETHUSDT.html", "model_cards/lgbm.html", "model_cards/tft.html", "kpi.json", "KPI.md"): assert (demo.reports / name).is_file(), name
     for name in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", "ensemble.json", "manifest.json"): assert (demo.data / "models" / name).is_file(), name
     assert {p.name for p in (demo.home / "reports").iterdir()} == {"demo"} and {p.name for p in (demo.home / "data").iterdir()} == {"demo"}, "a simulated result stays in its place"
 
@@ -49,14 +49,14 @@ def test_everything_carries_its_provenance(demo: Demo) -> None:
         assert entry.provenance.source == "simulated" and entry.provenance.market == "realistic-7"
         assert entry.provenance.end == job_blocks(demo.job).edges["test"][0], "trained on nothing of the test block"
     for page in demo.reports.rglob("*.html"): assert "SIMULATED" in page.read_text(), page.name
-    assert load_result(demo.data / "results", "portfolio").provenance.start == job_blocks(demo.job).edges["test"][0]
+    assert load_result(demo.data / "results", "portfolio").provenance.start == report_span(demo.job)[0]
 
 
 def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None:
     """Train again on a store whose test block is another market: the same models, byte for byte but for the provenance's commit."""
     from dataclasses import replace
 
-    from realdeal import job as jobs
+    from realdeal import training
     from realdeal.store import Store
 
     job = demo.job
@@ -69,10 +69,10 @@ def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None
         factor = np.where(df["time"].to_numpy() >= cut, 1.5, 1.0)
         Store(other.places.store, other.key).write(x, df.with_columns(*[pl.col(c) * factor for c in ("open", "high", "low", "close")]))
         Store(other.places.store, other.key).write_funding(x, job.store.read_funding(x, first, end))
-    jobs.train(other)
+    training.train(other)
     a, b = load_predictor(job.places.models, s), load_predictor(other.places.models, s)
     assert a.blend == b.blend
-    p, _ = read_panel(job, cut - 20 * DAY, cut)
+    p = read_panel(job, cut - 10 * DAY, cut)
     rows = np.flatnonzero(p.real)[-200:]
     np.testing.assert_array_equal(a.member_probs(p, rows), b.member_probs(p, rows))
 
@@ -83,7 +83,7 @@ def test_models_are_not_judged_on_what_they_learned(demo: Demo, tmp_path: Path) 
 
     from realdeal import job as jobs
 
-    longer = replace(demo.job, s=demo.job.s.override(model={"test_days": 11}, paths={"reports": str(tmp_path / "reports")}))
+    longer = replace(demo.job, s=demo.job.s.override(model={"test_days": 6}, paths={"reports": str(tmp_path / "reports")}))
     with pytest.raises(Refused, match="the model learned until"): jobs.judge(longer)
     other = replace(demo.job, s=demo.job.s.override(strategy={"horizon": 60}, paths={"reports": str(tmp_path / "reports")}))
     with pytest.raises(Refused, match="the model predicts 240 minutes"): jobs.judge(other)
@@ -117,6 +117,43 @@ def test_funding_is_part_of_the_data(demo: Demo, tmp_path: Path) -> None:
     assert store.data_hash(demo.job.s.data.symbols, first, end) != demo.job.store.data_hash(demo.job.s.data.symbols, first, end)
 
 
+def test_every_look_at_a_block_that_judges_is_logged(demo: Demo, tmp_path: Path) -> None:
+    """The cards opened the test block once, the report and the parity check the reserve; whoever says no reason or opens too little is refused."""
+    assert [x["why"] for x in readings(demo.job, "test")] == ["model cards"]
+    assert {x["why"] for x in readings(demo.job, "reserve")} == {"the 90-day report", "parity of the paper session"}
+    board = json.loads((demo.reports / "kpi.json").read_text())
+    assert board["assumptions"]["the reserve was opened for this report"] == "1 times"
+    start, end = report_span(demo.job)
+    with pytest.raises(Refused, match="what is opened ends on"): read_panel(demo.job, start, end, "test", "curiosity")
+    assert len(readings(demo.job, "test")) == 1, "a refused look is none"
+
+
+def test_the_card_tells_what_the_audit_said(demo: Demo) -> None:
+    from realdeal.cards import read_card
+
+    card = read_card(demo.data / "cards/lgbm.json")
+    assert card.audit is not None and card.audit.passed and {c[0] for c in card.audit.checks} >= {"future", "fit", "null market", "planted market"}
+    assert card.control is not None and card.seeds is not None and len(card.seeds) == demo.job.s.model.seeds and card.shap is not None and card.thresholds is not None
+
+
+def test_two_trainings_of_one_seed_are_identical(demo: Demo, tmp_path: Path) -> None:
+    """LightGBM anew on the same store, on one process instead of two: the same file but for the commit; the TFT, which learned from other files, leaves the ensemble."""
+    from dataclasses import replace
+
+    from realdeal import training
+    from realdeal.ensemble import load_plain
+
+    s = demo.job.s.override(paths={"data": str(tmp_path / "data"), "reports": str(tmp_path / "reports")}, model={"workers": 1})
+    other = replace(demo.job, s=s)
+    (tmp_path / "data/demo").mkdir(parents=True)
+    (tmp_path / "data/demo/store").symlink_to(demo.job.places.store)
+    training.train(other, ("lgbm",))
+    a, b = (load_plain((x.places.models / "best_lgbm.pkl").read_bytes()) for x in (demo.job, other))
+    for x in (a, b): x["provenance"].pop("commit")
+    assert a == b
+    assert [m.name for m in load_predictor(other.places.models, s).members] == ["lgbm"]
+
+
 def test_places_refuse_the_wrong_source(demo: Demo) -> None:
     from realdeal.cards import write_board
     from realdeal.provenance import places
@@ -135,11 +172,10 @@ def test_parts_of_the_command(demo: Demo) -> None:
 
 
 def test_a_report_is_drawn_alone(demo: Demo) -> None:
-    page = demo.reports / "backtests/10d_ETHUSDT.html"
+    page = demo.reports / "backtests/6d_ETHUSDT.html"
     before = page.read_bytes()
     page.unlink()
-    env = {"REALDEAL_MODEL_TEST_DAYS": "10"}
-    done = realdeal("report", "--source", "simulated", "--days", "49", "--symbol", "ETH/USDT", home=demo.home, **env)
+    done = realdeal("report", "--source", "simulated", *DEMO[1:-2], "--symbol", "ETH/USDT", home=demo.home)
     assert done.returncode == 0, done.stderr
     assert hashlib.sha256(page.read_bytes()).digest() == hashlib.sha256(before).digest(), "the same data, the same bytes"
 
@@ -148,10 +184,10 @@ def test_a_report_is_drawn_alone(demo: Demo) -> None:
 def test_recorded_candles_through_the_emulator(home: Path) -> None:
     """ccxt's client fetches recorded candles from the emulator, and the store holds them digit for digit."""
     folder = Path(os.environ["REALDEAL_DATA"])
-    s = read_settings(home / "settings.ini", env={}).override(model={"test_days": 5})
-    done = realdeal("ingest", "--source", "recorded", "--days", "44", home=home, REALDEAL_MODEL_TEST_DAYS="5")
+    s = read_settings(home / "settings.ini", env={}).override(model={"test_days": 5, "reserve_days": 5})
+    done = realdeal("ingest", "--source", "recorded", "--days", "46", home=home, REALDEAL_MODEL_TEST_DAYS="5", REALDEAL_MODEL_RESERVE_DAYS="5")
     assert done.returncode == 0, done.stderr
-    job = Job(s, "recorded", 44, recorded=folder)
+    job = Job(s, "recorded", 46, recorded=folder)
     start, end = job.span()
     for x in s.data.symbols:
         mine = job.store.read(x, start, end)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import Demo
 
-from realdeal.emulator import serve
+from realdeal.emulator import SIMULATED_START, serve
 from realdeal.ensemble import EnsemblePredictor, load_predictor
 from realdeal.exchange import Clock, Exchange
-from realdeal.job import SIMULATED_START, check_parity, market_rules, paper_key, session_file
+from realdeal.job import check_parity, paper_key, session_file
 from realdeal.live import Runner, remember, run_steps
 from realdeal.market import funding, generate
+from realdeal.plan import market_rules
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, Intent, OrderStatus, Refused, slug
 from realdeal.wire import client_options
@@ -130,11 +131,11 @@ def test_parity_sees_a_hair(demo: Demo, monkeypatch: pytest.MonkeyPatch, feature
 
     real = jobs.read_panel
 
-    def nudged(job, start, end):
-        p, candles = real(job, start, end)
+    def nudged(*args):
+        p = real(*args)
         X = p.X.copy()
         X[:, p.names.index(feature)] *= 1 + 1e-7
-        return replace(p, X=X), candles
+        return replace(p, X=X)
 
     monkeypatch.setattr(jobs, "read_panel", nudged)
     told = check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), load_predictor(demo.data / "models", demo.job.s), market_rules(demo.job))
