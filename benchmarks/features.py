@@ -141,6 +141,14 @@ def plain_duckdb(db: duckdb.DuckDBPyConnection) -> pl.DataFrame:
         select s, e as time, {", ".join(cols)}, sin(e % {DAY} * (2 * pi() / {DAY})) as hour_sin from b order by s, e""").to_arrow_table())
 
 
+def table_of(candles: Frames) -> duckdb.DuckDBPyConnection:
+    """A database in memory with all minutes in one table."""
+    db = duckdb.connect()
+    db.register("whole", pl.concat([x.with_columns(s=pl.lit(k)) for k, x in candles.items()]).to_arrow())
+    db.sql("create table minutes as select * from whole")
+    return db
+
+
 def agree(candles: Frames, rates: Frames, frames: dict[str, pd.DataFrame], db: duckdb.DuckDBPyConnection) -> None:
     """Where all of them are warm, all ways give the same numbers."""
     ours = panel(candles, rates, END)
@@ -179,9 +187,7 @@ def main() -> None:
     args.add_argument("--json", action="store_true", help="print the rows as JSON")
     given = args.parse_args()
     candles, rates = data()
-    frames, db = {k: x.to_pandas() for k, x in candles.items()}, duckdb.connect()
-    db.register("whole", pl.concat([x.with_columns(s=pl.lit(k)) for k, x in candles.items()]).to_arrow())
-    db.sql("create table minutes as select * from whole")
+    frames, db = {k: x.to_pandas() for k, x in candles.items()}, table_of(candles)
     agree(candles, rates, frames, db)
     def ours() -> object: return panel(candles, rates, END)
     def few() -> object: return panel(candles, {}, END, features=MADE)

@@ -331,7 +331,7 @@ def assert_blind(make: object, candles: Mapping[str, pl.DataFrame], funding: Map
         same = np.isclose(before.X[past], after.X[after.times <= t], rtol=1e-9, atol=1e-9, equal_nan=True).all(0)
         assert same.all(), f'features that saw the future: {", ".join(n for n, ok in zip(before.names, same, strict=True) if not ok)}'
 
-# %% ../nbs/17_features.ipynb #6866c122
+# %% ../nbs/17_features.ipynb #59a6eb9e
 class Window:
     """The newest `rows` rows of a panel, fed minute by minute: what `panel` gives on the same candles and rates.
 
@@ -354,8 +354,7 @@ class Window:
 
     def append(self, symbol: str, bar: Bar) -> Panel | None:
         "Take the next minute of `symbol`; the panel, when with it every symbol has closed a bar. BadData for a minute that is not new."
-        if symbol not in self.symbols: raise BadData(f'{symbol}: not of this window, which holds {", ".join(self.symbols)}')
-        i = self.symbols.index(symbol)
+        i = self._index(symbol)
         if bar.time < self.next[i]: raise BadData(f'{symbol}: minute {bar.time} is there already or comes late: the next is {self.next[i]}, and minutes come in order and once')
         self._flat(i, bar.time)
         self._take(i, bar.time, bar.open, bar.high, bar.low, bar.close, bar.volume, bar.origin)
@@ -368,6 +367,7 @@ class Window:
 
     def settle(self, symbol: str, time: int, rate: float) -> None:
         "A funding rate settled at `time` (ms): the rows from then on know it."
+        self._index(symbol)
         new = pl.DataFrame({'time': [time], 'rate': [float(rate)]}, schema={'time': pl.Int64, 'rate': pl.Float64})
         known = pl.concat([self.rates[symbol], new]).filter(_c('time') >= self.end - self.size * STEP - FUNDING_WINDOW)
         self.rates[symbol] = known.unique('time', keep='last', maintain_order=True)
@@ -376,6 +376,10 @@ class Window:
     def panel(self) -> Panel:
         "The newest rows."
         return _panel(self.symbols, self.times, self.cube, list(self.facts.values()), self.end - (self.size - 1) * STEP, self.features)
+
+    def _index(self, symbol: str) -> int:
+        if symbol not in self.symbols: raise BadData(f'{symbol}: not of this window, which holds {", ".join(self.symbols)}')
+        return self.symbols.index(symbol)
 
     def _take(self, i: int, time: int, *row: float | str) -> None:
         if time >= self.end: self.open[i].append((time, *row))

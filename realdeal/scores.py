@@ -29,7 +29,7 @@ def day_bootstrap(x: np.ndarray, times: np.ndarray, seed: int, rounds: int = 100
     means = sums[pick].sum(1) / counts[pick].sum(1)
     return float(np.quantile(means, (1 - level) / 2)), float(np.quantile(means, (1 + level) / 2))
 
-# %% ../nbs/21_scores.ipynb #b431021c
+# %% ../nbs/21_scores.ipynb #c29f6e04
 def _known(prob: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The rows with a forecast and a label; BadData when `y` holds no labels (as when the two are swapped)."
     ok = np.isfinite(prob) & np.isfinite(y)
@@ -55,8 +55,12 @@ def brier(prob: np.ndarray, y: np.ndarray) -> float:
 def log_loss(prob: np.ndarray, y: np.ndarray) -> float:
     "Mean negative log likelihood in nats; log 2 = 0.693 says nothing; nan without rows."
     p, up = _known(prob, y)
-    p = np.clip(p, 1e-12, 1 - 1e-12)
-    return float(-np.mean(up * np.log(p) + (1 - up) * np.log1p(-p))) if len(p) else math.nan
+    return float(_surprise(p, up).mean()) if len(p) else math.nan
+
+def _surprise(prob: np.ndarray, up: np.ndarray) -> np.ndarray:
+    "Negative log likelihood (n,) of each row."
+    p = np.clip(prob, 1e-12, 1 - 1e-12)
+    return -(up * np.log(p) + (1 - up) * np.log1p(-p))
 
 # %% ../nbs/21_scores.ipynb #76365674
 def _share(x: np.ndarray, m: np.ndarray) -> float: return float(x[m].mean()) if m.any() else math.nan
@@ -261,7 +265,7 @@ def explain(contributions: np.ndarray, X: np.ndarray, names: Sequence[str], vola
         'regimes': {'names': [names[i] for i in order[:10]], 'rows': [int(m.sum()) for m in parts], **{k: short(np.abs(contributions[m]).mean(0)[order[:10]]) if m.any() else [None] * min(10, len(names)) for k, m in zip(REGIMES, parts, strict=True)}},
     }
 
-# %% ../nbs/21_scores.ipynb #f745b479
+# %% ../nbs/21_scores.ipynb #ce4e942c
 @dataclass(frozen=True)
 class Calibration:
     """Raw score -> probability. platt: 1 / (1 + exp(-(a x + b))), `x` = (a,), `y` = (b,); isotonic: linear between the knots (x, y).
@@ -303,8 +307,12 @@ def fit_calibration(score: np.ndarray, y: np.ndarray, share: float = 0.6) -> Cal
     if len(np.unique(y)) < 2: raise BadData(f'calibration: {len(y)} labels, all of them {y[0] if len(y) else "missing"}; both directions are needed')
     cut = int(len(y) * share)
     candidates = {'platt': platt, 'isotonic': isotonic}
-    losses = {k: log_loss(f(score[:cut], y[:cut]).prob(score[cut:]), y[cut:]) for k, f in candidates.items() if len(np.unique(y[:cut])) == 2}
-    best = min(losses, key=lambda k: losses[k]) if losses else 'platt'
+    if len(np.unique(y[:cut])) < 2 or cut == len(y): return platt(score, y)
+    said = {k: f(score[:cut], y[:cut]).prob(score[cut:]) for k, f in candidates.items()}
+    losses = {k: log_loss(q, y[cut:]) for k, q in said.items()}
+    better = _surprise(said['platt'], y[cut:]) - _surprise(said['isotonic'], y[cut:])
+    blocks = [float(b.mean()) for b in np.array_split(better, max(2, len(better) // 96))]      # neighbours share their future: a day of rows counts as one
+    best = 'isotonic' if np.mean(blocks) > np.std(blocks, ddof=1) / math.sqrt(len(blocks)) else 'platt'
     return replace(candidates[best](score, y), losses=tuple(losses.items()))
 
 # %% ../nbs/21_scores.ipynb #2ed81115

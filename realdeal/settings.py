@@ -15,7 +15,7 @@ from .types import BadSetting, slug
 __all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
            'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
-# %% ../nbs/02_settings.ipynb #e0bd4818
+# %% ../nbs/02_settings.ipynb #ebe58867
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -58,7 +58,7 @@ class Strategy(Section):
     target_vol: Annotated[float, Field(gt=0, le=1)] = 0.15
     max_weight: Fraction = 0.5
     band: Fraction = 0.05
-    coverage: Annotated[float, Field(ge=0.05, le=1)] = 0.2
+    coverage: Annotated[float, Field(ge=0.05, le=1)] = 0.1
 
 class Costs(Section):
     maker_fee: Annotated[float, Field(ge=-0.01, le=0.05)] = 0.0

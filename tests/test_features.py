@@ -260,6 +260,40 @@ def test_window_refuses_what_is_not_new(candles: Frames, rates: Frames) -> None:
     assert w.append("ETH/USDT", bar) is None, "a refused minute leaves the window as it was"
 
 
+def test_a_rate_may_come_late_and_be_corrected(candles: Frames, rates: Frames) -> None:
+    """A window knows each settlement once, by its last word, whenever that came."""
+    end = START + 12 * DAY + STEP
+    history = {k: c.filter(pl.col("time") < end) for k, c in candles.items()}
+    known = {k: r.filter(pl.col("time") <= end - 2 * DAY) for k, r in rates.items()}
+    w = Window(history, known, end)
+    last = rates["BTC/USDT"].filter(pl.col("time").is_between(end - 2 * DAY, end)).rows()
+    for t, rate in (*reversed(last), (last[-1][0], 0.05), (last[-1][0], 0.01)): w.settle("BTC/USDT", t, rate)
+    told = pl.concat([known["BTC/USDT"], pl.DataFrame([*last[:-1], (last[-1][0], 0.01)], schema=["time", "rate"], orient="row")])
+    same(w.panel(), panel(history, {**known, "BTC/USDT": told}, end, end), rtol=1e-9)
+    assert w.panel().X[0, NAMES.index("funding")] == 100
+    with pytest.raises(BadData, match="XRP/USDT: not of this window"): w.settle("XRP/USDT", end, 0.0)
+
+
+def test_values_are_those_of_plain_expressions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each feature, written a second time as anybody would write it in polars, and some in pandas and SQL, has the same values."""
+    monkeypatch.syspath_prepend(str(REPO))
+    from benchmarks.features import agree, data, table_of
+
+    made, settled = data()
+    agree(made, settled, {k: c.to_pandas() for k, c in made.items()}, table_of(made))
+
+
+@pytest.mark.parametrize("end", [START - DAY, START, START + 14 * MINUTE])
+def test_no_closed_bar_is_an_empty_panel(candles: Frames, rates: Frames, end: int) -> None:
+    assert panel(candles, rates, end).X.shape == (0, len(NAMES))
+
+
+def test_one_symbol_is_its_own_peer(candles: Frames, rates: Frames) -> None:
+    p = panel({"BTC/USDT": candles["BTC/USDT"]}, rates, START + 16 * DAY, START + 15 * DAY)
+    at = {n: p.X[:, i] for i, n in enumerate(p.names)}
+    assert np.isfinite(p.X).all() and (at["peer_ret_4h"] == at["ret_4h"]).all() and (at["lead_1h"] == 0).all() and np.allclose(at["corr_1d"], 1)
+
+
 def test_page_of_features_is_true() -> None:
     assert (REPO / "docs" / "features.md").read_text() == catalogue(), "docs/features.md is not that of the list: run `realdeal features --write`"
 
