@@ -55,7 +55,7 @@ def read_verified(folder: Path, name: str) -> tuple[bytes, Provenance]:
     except FileNotFoundError: raise Missing(f'{folder / name}: no such model; train it with `realdeal run` or `realdeal train`') from None
     return content, manifest.check(name, content)
 
-# %% ../nbs/24_ensemble.ipynb #17ea70d2
+# %% ../nbs/24_ensemble.ipynb #b4fa53d3
 class Member(Protocol):
     name: str
     def prob(self, p: Panel, rows: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ class LgbmMember:
         self._booster, self._calibration = lightgbm.Booster(model_str=data['booster']), Calibration.from_plain(data['calibration'])
 
     def prob(self, p: Panel, rows: np.ndarray) -> np.ndarray:
-        X = p.X[np.ix_(rows, _columns(p, self.names))]
+        X = p.X[rows] if p.names == self.names else p.X[np.ix_(rows, _columns(p, self.names))]
         out = np.full(len(rows), np.nan)
         seen = np.isfinite(X).any(1)
         if seen.any(): out[seen] = self._calibration.prob(np.asarray(self._booster.predict(X[seen], raw_score=True, num_threads=1)))

@@ -14,8 +14,7 @@ from .types import DAY, HOUR, MINUTE, BadData, Bar
 
 # %% auto #0
 __all__ = ['STEP', 'FUNDING_EVERY', 'FUNDING_WINDOW', 'MADE_OF', 'FEATURES', 'NAMES', 'KNOWN', 'SEQUENCE', 'WARMUP',
-           'WARMUP_MINUTES', 'grid15', 'rolling', 'Feature', 'catalogue', 'as_of', 'Panel', 'panel', 'spoil',
-           'assert_blind', 'Window']
+           'WARMUP_MINUTES', 'grid15', 'rolling', 'Feature', 'catalogue', 'as_of', 'Panel', 'panel', 'spoil', 'Window']
 
 # %% ../nbs/17_features.ipynb #182e628f
 STEP = 15 * MINUTE   # ms between two rows
@@ -312,7 +311,7 @@ def _evaluate(x: Mapping[str, np.ndarray], exprs: Mapping[str, pl.Expr], skip: i
     made |= {name: _later(x[c], n, skip) if kind == 'lag' else np.log(x[c][:, skip:] / _later(x[c], n, skip)) for name, c, kind, n in wanted if kind in ('lag', 'log')}
     return _select(pl.DataFrame([pl.Series(c, a.reshape(-1)) for c, a in made.items()]), exprs)
 
-# %% ../nbs/17_features.ipynb #c96d8fca
+# %% ../nbs/17_features.ipynb #b4be9a6a
 def spoil(df: pl.DataFrame, t: int, seed: int = 0) -> pl.DataFrame:
     "Candles with everything from `t` on replaced by another market."
     n = df.filter(pl.col('time') >= t).height
@@ -320,16 +319,6 @@ def spoil(df: pl.DataFrame, t: int, seed: int = 0) -> pl.DataFrame:
     future = pl.col('time') >= t
     factor = np.concatenate([np.ones(df.height - n), noise])
     return df.with_columns(*[pl.col(c) * factor for c in ('open', 'high', 'low', 'close')], volume=pl.when(future).then(pl.col('volume') * 7 + 1).otherwise(pl.col('volume')))
-
-def assert_blind(make: object, candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFrame], end: int, t: int) -> None:
-    "Raise AssertionError that names the features of `make` (a function like `panel`) which change at or before `t` with the future."
-    assert callable(make)
-    before = make(candles, funding, end)
-    past = before.times <= t
-    for other in ({s: spoil(c, t) for s, c in candles.items()}, {s: c.filter(pl.col('time') < t) for s, c in candles.items()}):
-        after = make(other, funding, end if other[before.symbols[0]].height == candles[before.symbols[0]].height else t)
-        same = np.isclose(before.X[past], after.X[after.times <= t], rtol=1e-9, atol=1e-9, equal_nan=True).all(0)
-        assert same.all(), f'features that saw the future: {", ".join(n for n, ok in zip(before.names, same, strict=True) if not ok)}'
 
 # %% ../nbs/17_features.ipynb #59a6eb9e
 class Window:

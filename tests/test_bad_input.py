@@ -163,7 +163,7 @@ def test_full_disk(home: Path) -> None:
 
 def test_base_install_names_the_extra(home: Path) -> None:
     """Without the research libraries a command that needs them says which extra has them."""
-    code = "import sys; sys.modules['optuna'] = None; sys.argv = ['realdeal', 'train', '--source', 'simulated', '--days', '140']; from realdeal.cli import main; main()"
+    code = "import sys; sys.modules['optuna'] = None; sys.argv = ['realdeal', 'train', '--source', 'simulated', '--days', '150']; from realdeal.cli import main; main()"
     store = Store(home / "data/demo/store", StoreKey(source="simulated", venue="emulator", market="realistic-7"))
     start = 1_704_067_200_000
     for symbol in ("BTC/USDT", "ETH/USDT"): store.write(symbol, pl.DataFrame([(start + i * MINUTE, 100.0, 101.0, 99.0, 100.5, 1.0, "venue") for i in range(30)], schema=CANDLES, orient="row"))

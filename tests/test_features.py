@@ -149,6 +149,17 @@ def test_a_changed_definition_computes_its_own_columns(store: Store, kept: Featu
     other.close()
 
 
+def test_another_grid_is_everything_anew(store: Store, kept: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all features share is in every digest, and under the columns beside them."""
+    before, rows = {f.digest for f in FEATURES}, len(kept.panel(START, END))
+    monkeypatch.setattr("realdeal.features.MADE_OF", "of another grid")
+    monkeypatch.setattr("realdeal.featurestore.MADE_OF", "of another grid")
+    assert not before & {f.digest for f in FEATURES}
+    other = FeatureStore(store, SYMBOLS)
+    assert other.update(START, END) == (rows, 0, 2) and other.update(START, END) == (0, 0, 0)
+    other.close()
+
+
 def test_a_removed_feature_disappears(store: Store, kept: FeatureStore) -> None:
     fewer = FeatureStore(store, SYMBOLS, FEATURES[:5])
     assert fewer.update(START, END) == (0, 0, 2)
@@ -191,9 +202,27 @@ def test_late_rates_and_older_candles(tmp_path: Path, candles: Frames, rates: Fr
     first = fs.panel(START, END)
     same(first, now())
     assert np.isfinite(first.X[:, NAMES.index("funding")]).all()
+    store.write_funding("BTC/USDT", rates["BTC/USDT"][-5:].with_columns(pl.col("rate") * 2))
+    amended = fs.panel(START, END)
+    same(amended, now())
+    assert {n for j, n in enumerate(NAMES) if moved(first, amended)[:, j].any()} == {"funding", "funding_change", "funding_3d", "funding_7d"}
     for k in SYMBOLS: store.write(k, candles[k])
     same(fs.panel(START, END), now())
     assert len(fs.panel(START, END)) > len(first) and fs.panel(END, END).real.any()
+    fs.close()
+
+
+def test_candles_from_long_before(tmp_path: Path, candles: Frames) -> None:
+    """Where the warm-up of a month begins in a gap, the close before the gap goes on, however long ago that was."""
+    store = Store(tmp_path, KEY)
+    for k in SYMBOLS: store.write(k, candles[k].filter(pl.col("time") >= START + 20 * DAY))
+    fs, february = FeatureStore(store, SYMBOLS), START + 31 * DAY
+    def now() -> Panel: return panel({k: store.read(k, 0, END) for k in SYMBOLS}, {}, END, february)
+    first = fs.panel(february, END)
+    same(first, now())
+    for k in SYMBOLS: store.write(k, candles[k].filter(pl.col("time") < START + HOUR).with_columns(pl.col("time") - 40 * DAY))
+    same(fs.panel(february, END), now())
+    assert moved(first, now()).any()
     fs.close()
 
 
@@ -295,7 +324,7 @@ def test_one_symbol_is_its_own_peer(candles: Frames, rates: Frames) -> None:
 
 
 def test_page_of_features_is_true() -> None:
-    assert (REPO / "docs" / "features.md").read_text() == catalogue(), "docs/features.md is not that of the list: run `realdeal features --write`"
+    assert (REPO / "docs" / "features.md").read_text() == catalogue(), "docs/features.md is not that of the list: run `realdeal features > docs/features.md`"
 
 
 def real(symbol: str, start: int, end: int) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -154,6 +154,45 @@ def test_two_trainings_of_one_seed_are_identical(demo: Demo, tmp_path: Path) -> 
     assert [m.name for m in load_predictor(other.places.models, s).members] == ["lgbm"]
 
 
+def test_too_good_to_be_true_is_refused_until_an_audit_has_passed(demo: Demo, tmp_path: Path) -> None:
+    """A forecast that knows the answer of every fifth row, on real prices: not believed without an audit of this very code, which a verdict of other code is not."""
+    from dataclasses import replace
+
+    from realdeal.training import VERDICT, too_good, verdict
+
+    s = demo.job.s.override(paths={"data": str(tmp_path / "data"), "reports": str(tmp_path / "reports")}, run={"seed": 8})
+    job = replace(demo.job, s=s, source="recorded", recorded=tmp_path)
+    rng = np.random.default_rng(0)
+    forward, times = rng.normal(0, 0.01, 4000), np.arange(4000) * 15 * MINUTE
+    knowing = np.where(rng.random(4000) < 0.2, 0.5 + 0.4 * np.sign(forward), 0.5 + rng.normal(0, 0.01, 4000))
+    at = [(1.0, 0.0), (0.2, 0.7)]
+    assert "look for a leak" in too_good(job, knowing, forward, times, at)
+    assert too_good(job, 0.5 + rng.normal(0, 0.1, 4000), forward, times, at) == ""
+    assert too_good(demo.job, knowing, forward, times, at) == "", "a made-up market has the edge that was put into it"
+    passed = verdict(demo.job)
+    assert passed is not None and passed.passed
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / VERDICT).write_text(passed.model_dump_json())
+    assert "look for a leak" in too_good(job, knowing, forward, times, at), "audited with other settings"
+    (tmp_path / "data" / VERDICT).write_text(passed.model_copy(update={"code": f"{passed.code.rpartition('-')[0]}-{s.hash}"}).model_dump_json())
+    assert too_good(job, knowing, forward, times, at) == ""
+
+
+def test_walk_and_audit_as_commands(demo: Demo) -> None:
+    """A walk of one stretch and the audit, each as a user runs it; the walk is a page and JSON, and goes on from what it has."""
+    spans = DEMO[1:-2]
+    walked = realdeal("walk", "--source", "simulated", *spans, "--trials", "4", "--json", home=demo.home)
+    assert walked.returncode == 0, walked.stderr
+    told = json.loads(walked.stdout)
+    assert len(told["folds"]) == 1 and told["folds"][0]["train"][1] < told["folds"][0]["test"][0]
+    assert told["folds"][0]["test"][1] < str(np.datetime64(job_blocks(demo.job).edges["test"][0], "ms"))[:10], "the test block stays closed"
+    assert (demo.reports / "model_cards/walk_forward.html").is_file() and "walk-forward" not in {x["why"] for x in readings(demo.job, "test")}
+    audited = realdeal("audit", "--source", "simulated", *spans, "--at", "2", "--json", home=demo.home)
+    assert audited.returncode == 0, audited.stderr
+    assert [c["passed"] for c in json.loads(audited.stdout)] == [True] * 8 and "passed  planted market" in audited.stderr
+    assert realdeal("features", home=demo.home).stdout == (Path(__file__).parent.parent / "docs/features.md").read_text()
+
+
 def test_places_refuse_the_wrong_source(demo: Demo) -> None:
     from realdeal.cards import write_board
     from realdeal.provenance import places
