@@ -20,7 +20,7 @@ __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'TestDays',
            'Hours', 'Json', 'SIMULATED', 'DEMO', 'main', 'demo', 'run', 'ingest', 'quality', 'import_', 'train',
            'audit', 'walk', 'features', 'backtest', 'report', 'kpi', 'emulator', 'live', 'soak']
 
-# %% ../nbs/37_cli.ipynb #1408ba8c
+# %% ../nbs/37_cli.ipynb #78ce8a39
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
     help='From exchange data to a trading process that can be trusted. Exit codes: 0 done, 65 bad data, 66 something is missing, 70 stop, 73 a file cannot be written, 75 try again later, 77 refused, 78 bad setting.')
 console, errors = Console(), Console(stderr=True)
@@ -40,7 +40,7 @@ def main() -> None:
 
 Config = Annotated[Path | None, typer.Option('--settings', help='The settings.ini to read; default: found upwards from here.')]
 SourceOf = Annotated[Source, typer.Option('--source', help='Where the candles are from.')]
-Days = Annotated[int | None, typer.Option(help='Days of candles, test and reserve included; default: all that were recorded, 1,100 of a venue, 190 simulated.')]
+Days = Annotated[int | None, typer.Option(help='Days of candles, test and reserve included; default: all that were recorded, 1,100 of a venue, 280 simulated.')]
 TestDays = Annotated[int | None, typer.Option(help='Days of the test block, which the model cards read; default: the settings, 20 where simulated.')]
 ReserveDays = Annotated[int | None, typer.Option(help='Days of the reserve, which the 90-day report reads; default: the settings, 90 where simulated.')]
 Trials = Annotated[int | None, typer.Option(min=1, help='Optuna trials of LightGBM; default: the settings.')]
@@ -75,11 +75,11 @@ def _recorded(s: Settings) -> Path | None:
 
 def _some(**values: Any) -> dict[str, Any]: return {k: v for k, v in values.items() if v is not None}
 
-# %% ../nbs/37_cli.ipynb #6a74f9aa
+# %% ../nbs/37_cli.ipynb #ca45c713
 DEMO = {'trials': 10, 'rounds': 300, 'max_epochs': 4, 'patience': 2}   # small enough for ten minutes on two cores
 
 @app.command(epilog='Example: [bold]realdeal demo[/]')
-def demo(config: Config = None, days: Days = 190, hours: Hours = 6, test_days: TestDays = None, reserve_days: ReserveDays = None) -> None:
+def demo(config: Config = None, days: Days = 280, hours: Hours = 6, test_days: TestDays = None, reserve_days: ReserveDays = None) -> None:
     "The main job offline, on the embedded simulated market. What is done already is not done again."
     from realdeal.job import run_job, what_to_open
     job = _job(config, 'simulated', days, hours, **{**DEMO, **_some(test_days=test_days, reserve_days=reserve_days)})
@@ -95,8 +95,8 @@ def run(source: SourceOf = 'recorded', days: Days = None, hours: Hours = 6, mark
     asyncio.run(run_job(job))
     for line in what_to_open(job): _say(line)
 
-# %% ../nbs/37_cli.ipynb #c3d23135
-@app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 190[/], or [bold]realdeal ingest --follow --emulator http://127.0.0.1:8765[/], then [bold]realdeal ingest --status --emulator http://127.0.0.1:8765[/]')
+# %% ../nbs/37_cli.ipynb #cf4f2903
+@app.command(epilog='Example: [bold]realdeal ingest --source simulated --days 280[/], or [bold]realdeal ingest --follow --emulator http://127.0.0.1:8765[/], then [bold]realdeal ingest --status --emulator http://127.0.0.1:8765[/]')
 def ingest(source: SourceOf = 'exchange', days: Days = None, market: Market = 'realistic', follow: Annotated[bool, typer.Option('--follow', help='Follow the live streams until told to stop, instead of fetching history.')] = False,
         emulator: Annotated[str | None, typer.Option(help='With --follow or --status: base URL of an emulator; default: the venue of the settings.')] = None,
         minutes: Annotated[int | None, typer.Option(min=1, help='With --follow: stop after so many minutes of market time.')] = None,

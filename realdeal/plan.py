@@ -27,7 +27,7 @@ __all__ = ['REPORT_DAYS', 'READS', 'Opened', 'warmup_days', 'Job', 'key_of', 'im
            'market_rules', 'code_hash', 'provenance_of', 'origin_of', 'job_blocks', 'report_span', 'read_panel',
            'log_reading', 'readings']
 
-# %% ../nbs/34_plan.ipynb #aa9d67d9
+# %% ../nbs/34_plan.ipynb #ff914d91
 def warmup_days() -> int: return -(-WARMUP * STEP // DAY)
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _recorded_span(folder: Path, symbol: str) -> tuple[int, int]:
 
 def days_of(s: Settings, source: Source, recorded: Path | None) -> int:
     "The days of a job that names none: all that was recorded; three years of a venue; enough of a simulation to see everything once."
-    if source != 'recorded' or recorded is None: return 1100 if source == 'exchange' else 190
+    if source != 'recorded' or recorded is None: return 1100 if source == 'exchange' else 280
     spans = [_recorded_span(recorded, x) for x in s.data.symbols]
     return min(b for _, b in spans) // DAY - -(-max(a for a, _ in spans) // DAY)
 

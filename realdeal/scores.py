@@ -315,10 +315,19 @@ def fit_calibration(score: np.ndarray, y: np.ndarray, share: float = 0.6) -> Cal
     best = 'isotonic' if np.mean(blocks) > np.std(blocks, ddof=1) / math.sqrt(len(blocks)) else 'platt'
     return replace(candidates[best](score, y), losses=tuple(losses.items()))
 
-# %% ../nbs/21_scores.ipynb #2ed81115
+# %% ../nbs/21_scores.ipynb #b92f0b4f
 ASKED = (1.0, 0.5, 0.2, 0.1, 0.05)
 
 def thresholds_of(prob: np.ndarray, coverages: Sequence[float] = ASKED) -> tuple[tuple[float, float], ...]:
-    "(coverage, the confidence 2 |p - 1/2| which this share of `prob` (n,) reaches)."
+    """(coverage, the confidence 2 |p - 1/2| which this share of `prob` (n,) reaches).
+
+    Rows of one confidence speak together: where they are many more than was asked, only surer ones do, if there are any. What says the same of most rows says nothing.
+    """
     confidence = 2 * np.abs(prob[np.isfinite(prob)] - 0.5)
-    return tuple((c, float(np.quantile(confidence, 1 - c)) if c < 1 else 0.0) for c in coverages)
+    def at(coverage: float) -> float:
+        if coverage >= 1: return 0.0
+        t = float(np.quantile(confidence, 1 - coverage))
+        share = (confidence >= t).mean()
+        if share <= 1.2 * coverage: return t
+        return float(min(confidence[confidence > t], default=t if share < 0.5 else 1.0))
+    return tuple((c, at(c)) for c in coverages)
