@@ -814,6 +814,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'realdeal.scores._pct': ('scores.html#_pct', 'realdeal/scores.py'),
                                  'realdeal.scores._share': ('scores.html#_share', 'realdeal/scores.py'),
                                  'realdeal.scores._surprise': ('scores.html#_surprise', 'realdeal/scores.py'),
+                                 'realdeal.scores.accuracy_line': ('scores.html#accuracy_line', 'realdeal/scores.py'),
                                  'realdeal.scores.brier': ('scores.html#brier', 'realdeal/scores.py'),
                                  'realdeal.scores.by_month': ('scores.html#by_month', 'realdeal/scores.py'),
                                  'realdeal.scores.by_threshold': ('scores.html#by_threshold', 'realdeal/scores.py'),

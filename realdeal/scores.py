@@ -15,9 +15,9 @@ from .types import DAY, MINUTE, BadData, Signal
 
 # %% auto #0
 __all__ = ['COVERAGES', 'PLAUSIBLE', 'MARGIN', 'REGIMES', 'EDGE', 'ASKED', 'day_bootstrap', 'reliability', 'ece', 'brier',
-           'log_loss', 'past_return', 'side_score', 'direction_score', 'coverage_curve', 'AtThreshold', 'by_threshold',
-           'Month', 'by_month', 'Triple', 'triple', 'plausible', 'suspicion', 'explain', 'Calibration', 'platt',
-           'isotonic', 'fit_calibration', 'thresholds_of']
+           'log_loss', 'past_return', 'side_score', 'direction_score', 'accuracy_line', 'coverage_curve', 'AtThreshold',
+           'by_threshold', 'Month', 'by_month', 'Triple', 'triple', 'plausible', 'suspicion', 'explain', 'Calibration',
+           'platt', 'isotonic', 'fit_calibration', 'thresholds_of']
 
 # %% ../nbs/21_scores.ipynb #7ac3e25a
 def day_bootstrap(x: np.ndarray, times: np.ndarray, seed: int, rounds: int = 1000, level: float = 0.95) -> tuple[float, float]:
@@ -62,7 +62,7 @@ def _surprise(prob: np.ndarray, up: np.ndarray) -> np.ndarray:
     p = np.clip(prob, 1e-12, 1 - 1e-12)
     return -(up * np.log(p) + (1 - up) * np.log1p(-p))
 
-# %% ../nbs/21_scores.ipynb #76365674
+# %% ../nbs/21_scores.ipynb #98570050
 def _share(x: np.ndarray, m: np.ndarray) -> float: return float(x[m].mean()) if m.any() else math.nan
 
 def past_return(p: Panel, horizon: int) -> np.ndarray:
@@ -106,6 +106,10 @@ def direction_score(p: Panel, signals: Sequence[Signal], forward: np.ndarray, s:
     side = np.array([{'long': 1, 'short': -1, 'flat': 0}[x.side] for x in signals])
     if tradable and not s.strategy.allow_short: side = np.maximum(side, 0)
     return side_score(side, np.array([x.prob for x in signals]), forward, past_return(p, s.strategy.horizon), p.times, s.costs.round_trip, s.run.seed, at_least)
+
+def accuracy_line(score: Mapping[str, float]) -> str:
+    "A score in a few words."
+    return f'accuracy {score["accuracy"]:.1%} at coverage {score["coverage"]:.1%}' if score['coverage'] > 0 else 'no side was taken'
 
 # %% ../nbs/21_scores.ipynb #47275e2d
 def coverage_curve(prob: np.ndarray, forward: np.ndarray, round_trip: float, points: int = 20) -> list[tuple[float, float, float]]:
