@@ -14,7 +14,8 @@ from .types import DAY, HOUR, MINUTE, BadData, Bar
 
 # %% auto #0
 __all__ = ['STEP', 'FUNDING_EVERY', 'FUNDING_WINDOW', 'MADE_OF', 'FEATURES', 'NAMES', 'KNOWN', 'SEQUENCE', 'WARMUP',
-           'WARMUP_MINUTES', 'grid15', 'rolling', 'Feature', 'catalogue', 'as_of', 'Panel', 'panel', 'spoil', 'Window']
+           'WARMUP_MINUTES', 'grid15', 'rolling', 'Feature', 'known_ahead', 'catalogue', 'as_of', 'Panel', 'panel',
+           'spoil', 'Window']
 
 # %% ../nbs/17_features.ipynb #182e628f
 STEP = 15 * MINUTE   # ms between two rows
@@ -193,6 +194,10 @@ KNOWN = tuple(f.name for f in FEATURES if f.known)
 SEQUENCE: tuple[str, ...] = (
     'ret_5m', 'ret_15m', 'ret_1h', 'ret_4h', 'ret_12h', 'ret_1d', 'ret_3d', 'ret_7d', 'vol_1h_1d', 'vol_4h_7d', 'vol_1d', 'range_4h', 'range_1d', 'range_7d', 'volume_1h_7d',
     'flow_1h', 'flow_1d', 'autocorr_1d', 'peer_ret_15m', 'peer_ret_4h', 'peer_ret_1d', 'lead_1h', 'funding', *KNOWN)
+def known_ahead(times: np.ndarray) -> np.ndarray:
+    "The features KNOWN (n, len(KNOWN)) at `times` (n,) ms, past or future."
+    return pl.DataFrame({'time': times}).select_seq(**{f.name: f.expr for f in FEATURES if f.known}).to_numpy()
+
 WARMUP = max(f.warmup for f in FEATURES) + 1          # rows of 15 minutes
 WARMUP_MINUTES = (WARMUP + 1) * _MINUTES
 

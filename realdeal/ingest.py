@@ -22,7 +22,8 @@ from .types import DAY, HOUR, MINUTE, Bar, Minute, Missing, NotWritten, Print, R
 
 # %% auto #0
 __all__ = ['ALL_KINDS', 'REACH', 'backfill', 'answers', 'backfill_funding', 'Market', 'open_market', 'live_store',
-           'emulator_status', 'ask', 'doubt_of', 'patience', 'Follower', 'read_ledger', 'Metrics', 'follow']
+           'emulator_status', 'ask', 'doubt_of', 'patience', 'Follower', 'read_ledger', 'Metrics', 'follow',
+           'serve_metrics']
 
 # %% ../nbs/14_ingest.ipynb #92b299ae
 _CHUNK = 30 * PAGE * MINUTE   # ms written at once
@@ -383,7 +384,7 @@ async def follow(s: Settings, emulator: str | None, minutes: int | None = None, 
     "Follow the market into the store; the ledger of this run."
     stop, metrics = asyncio.Event(), Metrics(None)
     for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
-    if metrics_port is not None: _serve_metrics(metrics, metrics_port)
+    if metrics_port is not None: serve_metrics(metrics_port, metrics)
     while True:
         work = asyncio.create_task(_follow(s, emulator, minutes, stop, metrics, say))
         stopping = asyncio.create_task(stop.wait())
@@ -407,8 +408,9 @@ async def _follow(s: Settings, emulator: str | None, minutes: int | None, stop: 
         await follower.run(stop, market.venue.clock.now() + minutes * MINUTE if minutes else None)
         return follower.ledger()
 
-def _serve_metrics(metrics: Metrics, port: int) -> None:
+def serve_metrics(port: int, *collectors: Any) -> None:
+    "Serve collectors to Prometheus on `port` of 127.0.0.1."
     from prometheus_client import CollectorRegistry, start_http_server
     registry = CollectorRegistry()
-    registry.register(metrics)
+    for c in collectors: registry.register(c)
     start_http_server(port, addr='127.0.0.1', registry=registry)

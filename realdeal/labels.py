@@ -14,8 +14,9 @@ from .settings import Costs
 from .types import MINUTE, BadData
 
 # %% auto #0
-__all__ = ['Kind', 'CLIP', 'bars_ahead', 'bars_of', 'forward_return', 'direction', 'scaled_return', 'triple_barrier', 'Labels',
-           'make_labels', 'mean_move', 'break_even_accuracy', 'break_even_table', 'check_break_even']
+__all__ = ['Kind', 'CLIP', 'bars_ahead', 'bars_of', 'forward_return', 'direction', 'scaled_return', 'path_returns',
+           'triple_barrier', 'Labels', 'make_labels', 'mean_move', 'break_even_accuracy', 'break_even_table',
+           'check_break_even']
 
 # %% ../nbs/19_labels.ipynb #3e292dd7
 def bars_ahead(p: Panel) -> np.ndarray:
@@ -53,6 +54,10 @@ def _deviation(p: Panel, horizon: int) -> np.ndarray:
 def scaled_return(p: Panel, forward: np.ndarray, horizon: int) -> np.ndarray:
     "Log return over `horizon` minutes in standard deviations (n,)."
     return forward / _deviation(p, horizon)
+
+def path_returns(p: Panel, horizon: int, parts: int) -> np.ndarray:
+    "Scaled returns (n, parts) from each row until each of `parts` equal parts of `horizon` minutes is over; each part is whole rows."
+    return np.column_stack([scaled_return(p, forward_return(p, h), h) for h in (horizon * j // parts for j in range(1, parts + 1))])
 
 # %% ../nbs/19_labels.ipynb #2fd300ca
 def triple_barrier(p: Panel, horizon: int, width: float, untouched: Literal['none', 'sign'] = 'none') -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from .settings import Settings
 from .types import BadData, Refused
 
 # %% auto #0
-__all__ = ['Source', 'Provenance', 'utc', 'day', 'Places', 'places', 'guard_place', 'Entry', 'Manifest', 'sha256']
+__all__ = ['Source', 'Provenance', 'utc', 'day', 'Places', 'places', 'guard_place', 'Entry', 'Event', 'Manifest', 'sha256']
 
 # %% ../nbs/03_provenance.ipynb #1539f933
 Source = Literal['recorded', 'simulated', 'exchange']
@@ -62,7 +62,7 @@ def day(ms: int) -> str:
 
 # %% ../nbs/03_provenance.ipynb #e895bab2
 class Places(BaseModel):
-    "The folders of one source: candles and ledger, models, reports."
+    "The folders of one source: candles and ledger, champion, challenger, the champions of before, reports."
     model_config = ConfigDict(frozen=True)
     source: Source
     data: Path
@@ -72,6 +72,10 @@ class Places(BaseModel):
     def store(self) -> Path: return self.data / 'store'
     @property
     def models(self) -> Path: return self.data / 'models'
+    @property
+    def challenger(self) -> Path: return self.data / 'challenger'
+    @property
+    def archive(self) -> Path: return self.data / 'archive'
 
 def places(s: Settings, source: Source) -> Places:
     "Where things of `source` go: a `demo` folder of their own when they are simulated."
@@ -95,14 +99,24 @@ class Entry(BaseModel):
     size: int
     provenance: Provenance
 
+class Event(BaseModel):
+    "A change of champion: `at` (ISO 8601), the hashes of the new and the old model ('' for none), and the reason."
+    model_config = ConfigDict(frozen=True, extra='forbid')
+    at: str
+    what: Literal['promoted', 'rolled back']
+    model: str
+    before: str
+    why: str
+
 class Manifest(BaseModel):
-    "File name -> what it must be."
+    "File name -> what it must be; `history`: oldest first."
     model_config = ConfigDict(frozen=True, extra='forbid')
     files: Mapping[str, Entry] = {}
+    history: tuple[Event, ...] = ()
 
     def with_file(self, name: str, content: bytes, provenance: Provenance) -> Manifest:
         entry = Entry(sha256=sha256(content), size=len(content), provenance=provenance)
-        return Manifest(files={**self.files, name: entry})
+        return self.model_copy(update={'files': {**self.files, name: entry}})
 
     def check(self, name: str, content: bytes) -> Provenance:
         "The provenance of `name`, if `content` is what was written; else BadData or Refused."

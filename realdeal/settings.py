@@ -59,6 +59,7 @@ class Strategy(Section):
     max_weight: Fraction = 0.5
     band: Fraction = 0.05
     coverage: Annotated[float, Field(ge=0.05, le=1)] = 0.1
+    quorum: Fraction = 0.5
 
 class Costs(Section):
     maker_fee: Annotated[float, Field(ge=-0.01, le=0.05)] = 0.0
@@ -75,6 +76,7 @@ class Risk(Section):
     max_drawdown: Annotated[float, Field(gt=0, le=0.5)] = 0.10
     cooldown: Annotated[int, Field(ge=0)] = 1440
     max_daily_loss: Annotated[float, Field(gt=0, le=0.5)] = 0.03
+    max_drift: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 class Model(Section):
     test_days: Annotated[int, Field(ge=5)] = 365
@@ -86,14 +88,18 @@ class Model(Section):
     early_stopping: Count = 40
     seeds: Count = 5
     workers: Count = 2
-    sequence_days: Count = 365
-    encoder_steps: Annotated[int, Field(ge=4, le=512)] = 32
+    encoder_steps: Annotated[int, Field(ge=4, le=512)] = 16
+    decoder_steps: Annotated[int, Field(ge=1, le=64)] = 4
     hidden_size: Annotated[int, Field(ge=4, le=256)] = 16
-    max_epochs: Count = 20
+    epoch_windows: Count = 40_000
+    max_epochs: Count = 8
     patience: Count = 3
+    networks: Annotated[int, Field(ge=1, le=16)] = 3
     batch_size: Count = 256
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.0005
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.003
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    precision: Literal['32-true', 'bf16-mixed', '16-mixed'] = '32-true'
 
 class Live(Section):
     stage: Literal['paper', 'testnet', 'live'] = 'paper'

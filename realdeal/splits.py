@@ -12,7 +12,8 @@ from .provenance import day, utc
 from .types import DAY, MINUTE, BadData
 
 # %% auto #0
-__all__ = ['SHARES', 'LEARN', 'LEAST_DAYS', 'Blocks', 'blocks', 'Fold', 'walk_forward', 'combinatorial', 'paths', 'check_split']
+__all__ = ['SHARES', 'LEARN', 'LEAST_DAYS', 'MONTH', 'EVERY', 'Blocks', 'blocks', 'scattered', 'Fold', 'walk_forward',
+           'combinatorial', 'paths', 'check_split']
 
 # %% ../nbs/20_splits.ipynb #eee5028b
 SHARES = {'train': 0.60, 'stop': 0.12, 'select': 0.12, 'calibrate': 0.08, 'weigh': 0.08}
@@ -62,6 +63,18 @@ def blocks(start: int, end: int, test_days: int, reserve_days: int, horizon: int
 
 def _whole_days(*times: int) -> None:
     if odd := [t for t in times if t % DAY]: raise BadData(f'{utc(odd[0])}: a block or fold begins and ends at midnight UTC')
+
+# %% ../nbs/20_splits.ipynb #b94907e4
+MONTH, EVERY = 30 * DAY, 6
+
+def scattered(b: Blocks, times: np.ndarray, ends: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    "Rows (n,) of the train and stop blocks that teach, and those that stop; `ends` (n,) ms as in `Blocks.mask`. Where the blocks are shorter than EVERY months, as `Blocks` has them."
+    (start, _), (_, end) = b.edges['train'], b.edges['stop']
+    if end - start < EVERY * MONTH: return b.mask('train', times, ends), b.mask('stop', times, ends)
+    known = times + b.horizon * MINUTE if ends is None else ends
+    month, last = (times - start) // MONTH, (known - start) // MONTH
+    rows = _inside(times, (start, end)) & (known < end)
+    return rows & (month % EVERY != EVERY - 1) & (last % EVERY != EVERY - 1), rows & (month % EVERY == EVERY - 1) & (last == month)
 
 # %% ../nbs/20_splits.ipynb #c310a84d
 @dataclass(frozen=True)

@@ -163,6 +163,9 @@ class Signal:
     side: Side
     confidence: float   # |prob - 0.5| * 2, in 0..1
     reason: str = ''
+    target: float | None = None    # price: the median over the horizon that goes with `prob`
+    low: float | None = None       # between these prices 80 % of the outcomes are expected
+    high: float | None = None
 
 @dataclass(frozen=True, slots=True)
 class Account:
