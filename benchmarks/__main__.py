@@ -18,20 +18,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import ccxt.pro
 import numpy as np
 import polars as pl
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import Market
 from realdeal.backtest import accounts, fold, tape, vectorbt_accounts
-from realdeal.ensemble import TftMember
 from realdeal.exchange import Clock, Exchange
-from realdeal.features import KNOWN, NAMES, STEP, WARMUP_MINUTES, Panel, panel
+from realdeal.features import WARMUP_MINUTES, Panel, panel
 from realdeal.market import funding, generate
 from realdeal.settings import Settings
 from realdeal.store import Store, StoreKey
 from realdeal.streams import Connection, Streams
-from realdeal.tft import export_onnx, fit_tft
 from realdeal.types import DAY, MINUTE, Account, MarketRules, Signal
 
 START, DAYS = 1_704_067_200_000, 98
@@ -109,15 +106,6 @@ def pairs() -> Iterator[Pair]:
     fills = [f for x in fold(p, said, t, rules, s, Account(10_000.0)) for f in x.fills]
     yield "accounts of 90 days x 2 symbols", "fold's own", lambda: accounts(fills, t, 10_000.0), "vectorbt", lambda: vectorbt_accounts(fills, t, 10_000.0, 7)
     yield "90 days decided every 15 minutes", "fold", lambda: fold(p, said, t, rules, s, Account(10_000.0)), "vectorbt's accounts alone", lambda: vectorbt_accounts(fills, t, 10_000.0, 7)
-
-    y = (np.random.default_rng(0).random(len(p)) > 0.5).astype(float)
-    early = p.times < p.times[0] + 20 * DAY
-    stop = (p.times >= p.times[0] + 20 * DAY) & (p.times < p.times[0] + 24 * DAY)
-    model = fit_tft(p.X, y, p.times, p.group, NAMES, KNOWN, train=early, stop=stop, steps=32, every_ms=STEP, max_epochs=1, say=None)
-    member, row = TftMember(export_onnx(model)), np.flatnonzero(p.group == 0)[-1]
-    one = p.rows(np.arange(len(p)) > row - 32)
-    torch.set_num_threads(1)
-    yield "one TFT prediction", "ONNX, batch of one", lambda: member.prob(p, np.array([row])), "torch", lambda: model.predict(one.X[:32], one.times[:32], one.group[:32])
 
     folder = tempfile.TemporaryDirectory()
     store = Store(Path(folder.name), StoreKey(source="simulated", venue="emulator", market="benchmark"))

@@ -16,18 +16,18 @@ from .decide import State, decide, snapshot
 from .drift import Stability
 from .ensemble import EnsemblePredictor, Texts, load_predictor, model_hash, read_manifest
 from .exchange import Exchange
-from .features import STEP, WARMUP_MINUTES, Panel, panel
+from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
 from .ingest import Follower, Metrics, ask, backfill, live_store, open_market, serve_metrics
 from .orders import advance, plan
 from .provenance import Source, places, utc
 from .risk import may_send
 from .settings import Settings
-from .store import Journal, Store
+from .store import Journal, Mark, Store
 from .types import DAY, HOUR, MINUTE, Account, Bar, Fill, Intent, MarketRules, Order, OrderStatus, RealdealError, Signal, Refused, Retry, Snapshot, Stop, as_dict, settle
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'Memory', 'remember', 'Desk', 'Look', 'look', 'week_of', 'Forecaster', 'reach', 'inputs_of', 'Runner',
-           'run_clock', 'run_steps', 'ModelMetrics', 'run_live']
+__all__ = ['UNKNOWN', 'Memory', 'remember', 'Desk', 'Look', 'look', 'week_of', 'history', 'reach', 'Rolling', 'Forecaster',
+           'inputs_of', 'Runner', 'run_clock', 'run_steps', 'ModelMetrics', 'run_live']
 
 # %% ../nbs/35_live.ipynb #629deb16
 @dataclass
@@ -92,51 +92,99 @@ class Look(NamedTuple):
     rows: list[int]
     signals: list[Signal]
 
-def look(candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFrame], time: int, predictor: EnsemblePredictor, texts: Texts | None = None, stability: Stability | None = None) -> Look:
-    "What there is to see and to say at `time`, of all symbols together; `stability`: the drift, None where it is not judged."
-    p = panel(candles, funding, time, start=time - predictor.history_rows * STEP)
+def look(p: Panel, time: int, predictor: EnsemblePredictor, texts: Texts | None = None, stability: Stability | None = None) -> Look:
+    "What there is to say at `time`, of all symbols of the panel together; `stability`: the drift, None where it is not judged."
     at = (p.times == time).nonzero()[0]
     return Look(p, [int(r) for r in at], predictor.predict(p, at, texts, stability or UNKNOWN))
 
-def week_of(candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFrame], midnight: int, predictor: EnsemblePredictor) -> Stability:
-    "The drift of the day that begins at `midnight` (ms); UNKNOWN where the candles do not reach back so far."
+def week_of(store: Store, symbols: Sequence[str], midnight: int, predictor: EnsemblePredictor) -> Stability:
+    "The drift of the day that begins at `midnight` (ms); UNKNOWN where there are no candles."
+    candles, funding = history(store, symbols, midnight - reach(predictor.drift_rows), midnight)
     if any(c.is_empty() for c in candles.values()): return UNKNOWN
     return predictor.stability(panel(candles, funding, midnight, start=midnight - predictor.drift_rows * STEP)) or UNKNOWN
 
 UNKNOWN = Stability((), np.empty(0, np.int64), np.empty((0, 0)), np.empty(0), np.empty(0))     # judges nothing
 
+def history(store: Store, symbols: Sequence[str], start: int, end: int) -> tuple[dict[str, pl.DataFrame], dict[str, pl.DataFrame]]:
+    "Candles of [start, end) and the rates that were settled until `end`."
+    return {x: store.read(x, start, end) for x in symbols}, {x: store.read_funding(x, start, end + 1) for x in symbols}
+
+def reach(rows: int) -> int:
+    "ms of history that a row reads which has `rows` rows before it."
+    return WARMUP_MINUTES * MINUTE + rows * STEP
+
+# %% ../nbs/35_live.ipynb #47591555
+class Rolling:
+    "The newest rows of a panel of `symbols` over a store, each with `rows` rows before it."
+    def __init__(self, store: Store, symbols: Sequence[str], rows: int):
+        self.store, self.symbols, self.rows = store, symbols, rows
+        self.window: Window | None = None
+        self.mark: Mark | None = None
+        self.waiting = dict[str, pl.DataFrame]()
+        self.rates = dict[str, int]()        # by symbol: the newest settlement that the window knows (ms)
+        self.built = 0                       # how often everything was read
+
+    def panel(self, time: int) -> Panel:
+        "The rows until `time` (ms, on the grid), which never goes back."
+        start = time - reach(self.rows)
+        mark, news = self.store.news(self.symbols, start, time, self.mark)
+        if self.window is None or news is None or not self._take(self.window, news, time): self._build(start, time)
+        self.mark = mark
+        assert self.window is not None
+        for x in self.symbols: self._settle(self.window, x, time)
+        self.window.advance(time)
+        return self.window.panel()
+
+    def _take(self, w: Window, news: Mapping[str, pl.DataFrame], time: int) -> bool:
+        "Append the news; False when one of them is not new to the window. What is from later than `time` waits."
+        if any(not c.is_empty() and c['time'][0] < due for c, due in zip(news.values(), w.next, strict=True)): return False
+        for x, c in news.items():
+            bars = pl.concat([self.waiting[x], c]).unique('time', keep='last').sort('time')
+            for row in bars.filter(pl.col('time') < time).iter_rows(): w.append(x, Bar(*row))
+            self.waiting[x] = bars.filter(pl.col('time') >= time)
+        return True
+
+    def _build(self, start: int, time: int) -> None:
+        self.waiting = history(self.store, self.symbols, time, time + DAY)[0]
+        candles, funding = history(self.store, self.symbols, start, time)
+        self.window, self.built = Window(candles, funding, time, self.rows + 1), self.built + 1
+        self.rates = {x: int(f['time'][-1]) if len(f) else 0 for x, f in funding.items()}
+
+    def _settle(self, w: Window, symbol: str, time: int) -> None:
+        for at, rate in self.store.read_funding(symbol, max(self.rates[symbol] + 1, time - FUNDING_WINDOW), time + 1).iter_rows():
+            w.settle(symbol, at, rate)
+            self.rates[symbol] = at
+
+# %% ../nbs/35_live.ipynb #71952364
 class Forecaster:
-    """Forecasts off the event loop: one thread, at most `waiting` asked at once, and each bar once. The predictor may be exchanged between two bars."""
-    def __init__(self, predictor: EnsemblePredictor, waiting: int = 4):
-        self.predictor, self.waiting, self.asked = predictor, waiting, 0
-        self.stability, self.midnight = UNKNOWN, 0
+    """Forecasts off the event loop: one thread, at most `waiting` asked at once, all symbols together, and each bar once. The predictor may be exchanged between two bars."""
+    def __init__(self, store: Store, symbols: Sequence[str], predictor: EnsemblePredictor, waiting: int = 4):
+        self.store, self.symbols, self.waiting, self.asked = store, symbols, waiting, 0
         self._pool, self._said = ThreadPoolExecutor(1, thread_name_prefix='forecast'), OrderedDict[tuple[str, int], Look]()
+        self.use(predictor)
 
     def use(self, predictor: EnsemblePredictor) -> None:
         "From now on `predictor`; its drift is not judged yet."
         self.predictor, self.stability, self.midnight = predictor, UNKNOWN, 0
+        self.rolling = Rolling(self.store, self.symbols, predictor.history_rows)
 
-    async def at(self, time: int, read: Callable[[int, int], tuple[Mapping[str, pl.DataFrame], Mapping[str, pl.DataFrame]]], texts: Texts | None = None) -> Look:
-        "The look at `time`; `read(start, end)` gives candles and funding of [start, end) (ms). Retry when too many ask."
+    async def at(self, time: int, texts: Texts | None = None) -> Look:
+        "The look at `time` (ms). Retry when too many ask."
         if known := self._said.get((self.predictor.model_hash, time)): return known
         if self.asked >= self.waiting: raise Retry(f'{self.asked} forecasts are waiting already: the machine is too slow, or too many ask')
         self.asked += 1
-        try: seen = await asyncio.get_running_loop().run_in_executor(self._pool, self._look, time, read, texts)
+        try: seen = await asyncio.get_running_loop().run_in_executor(self._pool, self._look, time, texts)
         finally: self.asked -= 1
         self._said[self.predictor.model_hash, time] = seen
         while len(self._said) > 2 * self.waiting: self._said.popitem(last=False)
         return seen
 
-    def _look(self, time: int, read: Callable[[int, int], tuple[Mapping[str, pl.DataFrame], Mapping[str, pl.DataFrame]]], texts: Texts | None) -> Look:
-        predictor, midnight = self.predictor, time // DAY * DAY
-        if midnight != self.midnight: self.stability, self.midnight = week_of(*read(midnight - reach(predictor, predictor.drift_rows), midnight), midnight, predictor), midnight
-        return look(*read(time - reach(predictor, predictor.history_rows), time), time, predictor, texts, self.stability)
+    def _look(self, time: int, texts: Texts | None) -> Look:
+        if known := self._said.get((self.predictor.model_hash, time)): return known      # by who asked before
+        if (midnight := time // DAY * DAY) != self.midnight: self.stability, self.midnight = week_of(self.store, self.symbols, midnight, self.predictor), midnight
+        return look(self.rolling.panel(time), time, self.predictor, texts, self.stability)
 
     def close(self) -> None: self._pool.shutdown(wait=False, cancel_futures=True)
-
-def reach(predictor: EnsemblePredictor, rows: int) -> int:
-    "ms of history that a row reads which has `rows` rows before it."
-    return WARMUP_MINUTES * MINUTE + rows * STEP
 
 def _known(x: float) -> float | None: return x if math.isfinite(x) else None
 
@@ -151,7 +199,7 @@ class Runner:
             newest: Callable[[str], EnsemblePredictor | None] = lambda _: None):
         """`newest`: given the hash of the model in use, the champion if it is another one now."""
         self.s, self.venue, self.store, self.journal, self.say, self.newest = s, venue, store, journal, say, newest
-        self.forecaster, self.complaint = Forecaster(predictor), ''
+        self.forecaster, self.complaint = Forecaster(store, s.data.symbols, predictor), ''
         stepped = venue.clock.rate == 0
         self.follower = Follower(venue, store, s, kinds=('trades', 'candles', 'quotes'), private=s.live.stage != 'paper', trades=False,
             tries=2 if stepped else 4, pause=0.0 if stepped else 1.0, say=say)
@@ -160,7 +208,7 @@ class Runner:
         self.desk = Desk(journal, open_broker(venue, self.bar_at, s), self.memory, say)
         self.rules: dict[str, MarketRules] = {}
         self.every = s.strategy.decision_every * MINUTE
-        self.due = 0                                                              # the next decision (ms)
+        self.due = self.caught = 0                                                # the next decision, and until when REST was asked (ms)
 
     @property
     def predictor(self) -> EnsemblePredictor: return self.forecaster.predictor
@@ -182,7 +230,7 @@ class Runner:
         self.own_capital()
         self.rules = {x: self.venue.rules(x) for x in self.s.data.symbols}
         self.pin()
-        await self.catch_up(self.venue.clock.now() // MINUTE * MINUTE, self.predictor.drift_rows)
+        await self.catch_up(self.venue.clock.now() // MINUTE * MINUTE)
         await self.follower.slow_facts()
         await self.follower.streams.open()
         self.follower.begin()
@@ -209,14 +257,11 @@ class Runner:
         self.forecaster.use(new)
         self.pin()
 
-    async def catch_up(self, end: int, rows: int | None = None) -> None:
-        "Bring everything that a decision at `end` reads into the store; `rows` before it, default: those of a prediction."
-        start = end - reach(self.predictor, self.predictor.history_rows if rows is None else rows)
+    async def catch_up(self, end: int) -> None:
+        "Bring everything that a decision at `end` reads, and its drift, into the store; what was asked for once is not asked for again."
+        start = max(self.caught, end - reach(self.predictor.drift_rows))
         for symbol in self.s.data.symbols: await backfill(self.venue, self.store, symbol, start, end, say=lambda _: None)
-
-    def history(self, start: int, end: int) -> tuple[dict[str, pl.DataFrame], dict[str, pl.DataFrame]]:
-        "Candles of [start, end) and the rates that were settled by then."
-        return {x: self.store.read(x, start, end) for x in self.s.data.symbols}, {x: self.store.read_funding(x, start, end + 1) for x in self.s.data.symbols}
+        self.caught = end
 
     def is_due(self) -> bool:
         now, last = self.venue.clock.now(), self.due - MINUTE
@@ -241,7 +286,7 @@ class Runner:
         await self.catch_up(time)
         symbols = self.s.data.symbols
         seen = {x: self.feed.md(x) for x in symbols}
-        p, rows, signals = await self.forecaster.at(time, self.history, {x: md.texts for x, md in seen.items()})
+        p, rows, signals = await self.forecaster.at(time, {x: md.texts for x, md in seen.items()})
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
         state, decision = decide(self.memory.state, snap, self.s)
         # What an order in flight will do to the position is not known yet: its symbol waits.
@@ -302,7 +347,7 @@ async def _arrived(r: Runner, frames: int) -> None:
         await asyncio.sleep(0.001 if _ < 200 else 0.01)
     raise Stop(f'{frames} frames were sent, {r.follower.streams.frames} arrived: the stream lost some')
 
-# %% ../nbs/35_live.ipynb #bec7ad9d
+# %% ../nbs/35_live.ipynb #62e3942a
 class ModelMetrics:
     "A collector of prometheus_client over a forecaster."
     def __init__(self, f: Forecaster): self.f = f

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime, UTC
 from pathlib import Path
 from time import time_ns
-from typing import Any
+from typing import Any, NamedTuple
 import duckdb, numpy as np, polars as pl
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +22,7 @@ FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
 __all__ = ['FrameSchema', 'CANDLES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles', 'candle_frame',
-           'read_candle_file', 'dense', 'StoreKey', 'Store', 'write_parquet', 'Journal']
+           'read_candle_file', 'dense', 'StoreKey', 'Mark', 'Store', 'write_parquet', 'Journal']
 
 # %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
@@ -142,6 +142,11 @@ class StoreKey(BaseModel):
     def journal(self, data: Path, stage: str) -> Path:
         "The journal of a runner on this market in `stage`: other money, other memory."
         return data / 'journals' / f'{self.source}-{self.venue}-{self.market}-{stage}.sqlite'
+
+class Mark(NamedTuple):
+    "What a reader of a store has seen: the newest row of the tail, and marks of the files."
+    row: int
+    files: tuple[Any, ...]
 
 class Store:
     "Candles and funding of one StoreKey below `root`. Two processes may write at once."
@@ -289,6 +294,17 @@ class Store:
             table = db.sql(f'select {", ".join(schema)} from read_parquet($files, hive_partitioning=false) where time >= $start and time < $end order by time',
                 params={'files': wanted, 'start': start, 'end': end}).to_arrow_table()
         return pl.DataFrame(table).cast({c: t for c, t in schema.items()})
+
+    def news(self, symbols: Iterable[str], start: int, end: int, since: Mark | None) -> tuple[Mark, dict[str, pl.DataFrame] | None]:
+        "The bars of `symbols` that came into the tail since the mark `since`, and a new mark; None instead of bars where more changed in [start, end) (ms) than that, so that all must be read again."
+        parts = [f for s in symbols for f in sorted(self._dir('candles', s).glob('*=*/*.parquet')) if _overlaps(f.parent.name.partition('=')[2], start, end)]
+        frames = dict[str, pl.DataFrame]()
+        with self._tail() as db:
+            # The tail grows by news alone: only its identity counts. Files are looked at first, so that what comes meanwhile is news of the next time.
+            marks = ((self.folder / 'tail.sqlite').stat().st_ino, *((str(f), at.st_ino, at.st_size, at.st_mtime_ns) for f in parts if (at := f.stat())))
+            last, top = since.row if since else 0, int(db.execute('select coalesce(max(rowid), 0) from bars').fetchone()[0])
+            for s in symbols: frames[s] = pl.DataFrame(db.execute(f'select {", ".join(CANDLES)} from bars where rowid > ? and rowid <= ? and symbol = ? order by time', (last, top, s)).fetchall(), schema=CANDLES, orient='row')
+        return Mark(max(last, top), marks), frames if since is not None and since.files == marks else None
 
     def missing(self, symbol: str, start: int, end: int) -> list[tuple[int, int]]:
         "The ranges [a, b) of minutes in [start, end) that the store does not hold."

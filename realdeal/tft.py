@@ -15,6 +15,7 @@ import joblib
 import lightning.pytorch as pl
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_forecasting import TemporalFusionTransformer
@@ -225,7 +226,7 @@ class Shuffled(Sampler[int]):
 
 def _epoch_seed(seed: int, epoch: int) -> int: return seed * 1_000_003 + epoch
 
-# %% ../nbs/25_tft.ipynb #2b3ad088
+# %% ../nbs/25_tft.ipynb #30be24bd
 def pinball(said: Tensor, seen: Tensor) -> Tensor:
     "Mean pinball loss of quantiles (b, ahead, Q) for `seen` (b, ahead), nan where unknown."
     off = seen[..., None] - said
@@ -326,11 +327,13 @@ def fit_network(p: Panel, y: np.ndarray, path: np.ndarray, names: Sequence[str],
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='A worker stopped while')     # joblib renews workers that have grown
             trained = joblib.Parallel(n_jobs=1 if torch.cuda.is_available() else min(workers, len(seeds)))(jobs)
-    nets = []
-    for state, _ in trained:
-        nets.append(make_network(form, h).eval())
-        nets[-1].load_state_dict(state)
-    return SequenceModel(tuple(nets), form, h, tuple(tuple(told) for _, told in trained))
+    return SequenceModel(tuple(_restored(form, h, state) for state, _ in trained), form, h, tuple(tuple(told) for _, told in trained))
+
+def _restored(form: Form, h: HParams, state: Mapping[str, Tensor]) -> nn.Module:
+    "A network with the weights `state`; disturbs nobody's random numbers."
+    with torch.random.fork_rng(): net = make_network(form, h).eval()
+    net.load_state_dict(state)
+    return net
 
 # %% ../nbs/25_tft.ipynb #4ebddd2e
 def _train(train: Windows, stop: Windows, h: HParams, folder: Path, say: Callable[[str], None] | None, place: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -369,7 +372,7 @@ def _run_fit(fit: Callable[[], Any]) -> None:
         signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt from None
 
-# %% ../nbs/25_tft.ipynb #7428030c
+# %% ../nbs/25_tft.ipynb #e0aa488d
 def calibrated(m: SequenceModel, p: Panel, y: np.ndarray, path: np.ndarray, rows: np.ndarray) -> SequenceModel:
     "The model, calibrated on the `rows` (n,) bool of the panel, whose labels are `y` (n,) and `path` (n, ahead)."
     w = m.windows(p, rows)
@@ -396,8 +399,7 @@ def load_pt(content: bytes) -> SequenceModel:
     try:
         d = torch.load(BytesIO(content), weights_only=True, map_location='cpu')
         form, h = Form.from_plain(d['form']), HParams(**d['hparams'])
-        nets = tuple(make_network(form, h).eval() for _ in d['states'])
-        for net, state in zip(nets, d['states'], strict=True): net.load_state_dict(state)
+        nets = tuple(_restored(form, h, state) for state in d['states'])
         calibration = Calibration.from_plain(d['calibration']) if d['calibration'] else None
         return SequenceModel(nets, form, h, tuple(tuple(x) for x in d['history']), calibration, d['widen'], d['provenance'])
     except Exception as e: raise BadData(f'tft: not a model that save_pt wrote ({type(e).__name__})') from None
@@ -419,12 +421,22 @@ def export_onnx(model: SequenceModel) -> bytes:
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings(), one_thread(), torch.no_grad():
         warnings.simplefilter('ignore')    # the tracer notes that shapes become constants, which is what we want
         torch.onnx.export(together, args, f'{d}/one.onnx', input_names=['encoder', 'decoder'], output_names=['out'], opset_version=OPSET, dynamo=False)
-        graph = onnx.load_model(f'{d}/one.onnx')
+        graph = onnx.load_model(_simplified(f'{d}/one.onnx'))
     if model.calibration is None: raise BadData(f'{model.hparams.kind}: not calibrated; what it says is no probability yet')
     told = {'kind': model.hparams.kind, 'form': f.to_plain(), 'calibration': model.calibration.to_plain(), 'widen': model.widen}
     onnx.helper.set_model_props(graph, {'realdeal': json.dumps(told)})
     onnx.checker.check_model(graph)
     return graph.SerializeToString()
+
+# %% ../nbs/25_tft.ipynb #56e0a0d5
+def _simplified(file: str) -> str:
+    "The graph with everything computed that can be computed before a window is seen: a smaller file, which loads three times as fast."
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC      # standard operators only, for any machine
+    options.optimized_model_filepath = f'{file}.basic'
+    options.log_severity_level = 3
+    ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    return options.optimized_model_filepath
 
 # %% ../nbs/25_tft.ipynb #d60ba56f
 def attention_and_weights(model: SequenceModel, p: Panel, rows: np.ndarray | None = None) -> dict[str, Any]:

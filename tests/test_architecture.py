@@ -13,10 +13,10 @@ from test_chapters import CHAPTERS, module_of
 
 REPO = Path(__file__).parent.parent
 RANK = {module_of(p): int(p.stem[:2]) for p in CHAPTERS}
-PURE = ("types", "provenance", "market", "venue", "wire", "faults", "frames", "feed", "quality", "features", "labels", "splits", "scores", "risk", "decide", "orders", "fills")
+PURE = ("types", "provenance", "market", "venue", "wire", "faults", "frames", "feed", "quality", "features", "labels", "splits", "scores", "drift", "sequences", "risk", "decide", "orders", "fills")
 EDGES = {"os", "socket", "sqlite3", "aiohttp", "ccxt", "duckdb", "subprocess", "tempfile", "requests", "urllib", "asyncio", "time", "random", "shutil"}
 # scikit-learn is not in the list: LightGBM loads it by itself where it is installed, and the base install has none.
-HEAVY = ("torch", "lightning", "pytorch_forecasting", "vectorbt", "optuna", "shap", "matplotlib", "papermill", "realdeal.labels", "realdeal.splits", "realdeal.audit", "realdeal.training", "realdeal.lgbm", "realdeal.tft", "realdeal.backtest")
+HEAVY = ("torch", "lightning", "pytorch_forecasting", "vectorbt", "optuna", "shap", "matplotlib", "papermill", "realdeal.labels", "realdeal.splits", "realdeal.audit", "realdeal.training", "realdeal.champions", "realdeal.lgbm", "realdeal.tft", "realdeal.backtest")
 
 
 def imports(module: str) -> set[str]:
@@ -66,19 +66,17 @@ from pathlib import Path
 import realdeal.live
 from realdeal.decide import State, decide, snapshot
 from realdeal.ensemble import load_predictor
-from realdeal.live import look
+from realdeal.live import Rolling, look
 from realdeal.settings import read_settings
 from realdeal.store import Store, StoreKey
-from realdeal.types import DAY, Account
+from realdeal.types import Account
 s = read_settings({str(demo.home / 'settings.ini')!r}, env={{}})
 store = Store(Path({str(demo.data / 'store')!r}), StoreKey(source='simulated', venue='emulator', market='realistic-7'))
 predictor = load_predictor(Path({str(demo.data / 'models')!r}), s)
 end = {demo.job.end()}
-candles = {{x: store.read(x, end - 12 * DAY, end) for x in s.data.symbols}}
-funding = {{x: store.read_funding(x, end - 12 * DAY, end) for x in s.data.symbols}}
-p, rows, signals = look(candles, funding, end, predictor)
-assert {{m.name for m in predictor.members}} == {{'lgbm', 'tft'}} and len(signals) == 2
-assert all('missing' not in x.reason for x in signals), signals
+p, rows, signals = look(Rolling(store, s.data.symbols, predictor.history_rows).panel(end), end, predictor)
+assert {{m.name for m in predictor.members}} == {{'lgbm', 'tft', 'sentiment'}} and len(signals) == 2
+assert all('without' not in x.reason for x in signals), signals
 state, decision = decide(State(), snapshot(p, rows, signals, Account(1000.), s), s)
 assert set(decision.targets) == set(s.data.symbols)
 """

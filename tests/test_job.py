@@ -23,7 +23,7 @@ from realdeal.types import DAY, MINUTE, Refused
 def test_goes_on_after_a_kill(demo: Demo) -> None:
     assert "done in" not in demo.killed, "it was killed before its first step was done"
     assert "candles: all there before" in demo.resumed and "study goes on after" in demo.resumed
-    assert all(f"{step}: done in" in demo.resumed for step in ("train", "audit", "paper", "backtest", "reports"))
+    assert all(f"{step}: done in" in demo.resumed for step in ("train", "audit", "promote", "paper", "backtest", "reports"))
 
 
 def test_twice_does_nothing(demo: Demo) -> None:
@@ -31,13 +31,13 @@ def test_twice_does_nothing(demo: Demo) -> None:
     again = realdeal(*DEMO, home=demo.home)
     assert again.returncode == 0
     assert [line for line in again.stdout.splitlines() if "done in" in line] == []
-    assert sum("done before" in line for line in again.stdout.splitlines()) == 5
+    assert sum("done before" in line for line in again.stdout.splitlines()) == 6
     assert {p: p.read_bytes() for p in demo.reports.rglob("*") if p.is_file()} == before
 
 
 def test_outputs_by_name(demo: Demo) -> None:
     for name in ("backtests/6d_BTCUSDT.html", "backtests/6d_ETHUSDT.html", "model_cards/lgbm.html", "model_cards/tft.html", "kpi.json", "KPI.md"): assert (demo.reports / name).is_file(), name
-    for name in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", "ensemble.json", "manifest.json"): assert (demo.data / "models" / name).is_file(), name
+    for name in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", "baseline_lstm.onnx", "baseline_linear.onnx", "ensemble.json", "drift.json", "training.json", "manifest.json"): assert (demo.data / "models" / name).is_file(), name
     assert {p.name for p in (demo.home / "reports").iterdir()} == {"demo"} and {p.name for p in (demo.home / "data").iterdir()} == {"demo"}, "a simulated result stays in its place"
 
 
@@ -70,8 +70,8 @@ def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None
         Store(other.places.store, other.key).write(x, df.with_columns(*[pl.col(c) * factor for c in ("open", "high", "low", "close")]))
         Store(other.places.store, other.key).write_funding(x, job.store.read_funding(x, first, end))
     training.train(other)
-    a, b = load_predictor(job.places.models, s), load_predictor(other.places.models, s)
-    assert a.blend == b.blend
+    a, b = load_predictor(job.places.models, s), load_predictor(other.places.challenger, s)
+    assert a.blend == b.blend and a.reference == b.reference
     p = read_panel(job, cut - 10 * DAY, cut)
     rows = np.flatnonzero(p.real)[-200:]
     np.testing.assert_array_equal(a.member_probs(p, rows), b.member_probs(p, rows))
@@ -91,17 +91,20 @@ def test_models_are_not_judged_on_what_they_learned(demo: Demo, tmp_path: Path) 
 
 
 def test_swapped_champions_are_noticed(demo: Demo) -> None:
-    """Other models in the folder are not "done before": the training is made again."""
-    from realdeal.job import BLEND, Steps, train_key
+    """Other models in the folder are not "done before": the challenger tries again."""
+    from realdeal.champions import hash_of
+    from realdeal.job import CHALLENGER, Steps, train_key
 
     steps = Steps(demo.data / "steps.json", lambda _: None)
-    outputs = [demo.data / "models" / n for n in ("best_lgbm.pkl", "best_tft.pt", "best_tft.onnx", BLEND)]
-    assert steps.done["train"] == steps._stamp(train_key(demo.job), outputs)
-    blend = outputs[-1].read_bytes()
+    outputs = [demo.data / "models" / n for n in CHALLENGER]
+    key = f"{train_key(demo.job)}-{hash_of(demo.data / 'challenger')}"
+    assert steps.done["promote"] == steps._stamp(key, outputs)
+    blend = demo.data / "models" / "ensemble.json"
+    before = blend.read_bytes()
     try:
-        outputs[-1].write_bytes(blend.replace(b"threshold", b"Threshold"))
-        assert steps.done["train"] != steps._stamp(train_key(demo.job), outputs)
-    finally: outputs[-1].write_bytes(blend)
+        blend.write_bytes(before.replace(b"threshold", b"Threshold"))
+        assert steps.done["promote"] != steps._stamp(key, outputs)
+    finally: blend.write_bytes(before)
 
 
 def test_funding_is_part_of_the_data(demo: Demo, tmp_path: Path) -> None:
@@ -148,34 +151,10 @@ def test_two_trainings_of_one_seed_are_identical(demo: Demo, tmp_path: Path) -> 
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/store").symlink_to(demo.job.places.store)
     training.train(other, ("lgbm",))
-    a, b = (load_plain((x.places.models / "best_lgbm.pkl").read_bytes()) for x in (demo.job, other))
+    a, b = (load_plain((x.places.challenger / "best_lgbm.pkl").read_bytes()) for x in (demo.job, other))
     for x in (a, b): x["provenance"].pop("commit")
     assert a == b
-    assert [m.name for m in load_predictor(other.places.models, s).members] == ["lgbm"]
-
-
-def test_too_good_to_be_true_is_refused_until_an_audit_has_passed(demo: Demo, tmp_path: Path) -> None:
-    """A forecast that knows the answer of every fifth row, on real prices: not believed without an audit of this very code, which a verdict of other code is not."""
-    from dataclasses import replace
-
-    from realdeal.training import VERDICT, too_good, verdict
-
-    s = demo.job.s.override(paths={"data": str(tmp_path / "data"), "reports": str(tmp_path / "reports")}, run={"seed": 8})
-    job = replace(demo.job, s=s, source="recorded", recorded=tmp_path)
-    rng = np.random.default_rng(0)
-    forward, times = rng.normal(0, 0.01, 4000), np.arange(4000) * 15 * MINUTE
-    knowing = np.where(rng.random(4000) < 0.2, 0.5 + 0.4 * np.sign(forward), 0.5 + rng.normal(0, 0.01, 4000))
-    at = [(1.0, 0.0), (0.2, 0.7)]
-    assert "look for a leak" in too_good(job, knowing, forward, times, at)
-    assert too_good(job, 0.5 + rng.normal(0, 0.1, 4000), forward, times, at) == ""
-    assert too_good(demo.job, knowing, forward, times, at) == "", "a made-up market has the edge that was put into it"
-    passed = verdict(demo.job)
-    assert passed is not None and passed.passed
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / VERDICT).write_text(passed.model_dump_json())
-    assert "look for a leak" in too_good(job, knowing, forward, times, at), "audited with other settings"
-    (tmp_path / "data" / VERDICT).write_text(passed.model_copy(update={"code": f"{passed.code.rpartition('-')[0]}-{s.hash}"}).model_dump_json())
-    assert too_good(job, knowing, forward, times, at) == ""
+    assert [m.name for m in load_predictor(other.places.challenger, s).members] == ["lgbm", "sentiment"]
 
 
 def test_walk_and_audit_as_commands(demo: Demo) -> None:
@@ -189,7 +168,7 @@ def test_walk_and_audit_as_commands(demo: Demo) -> None:
     assert (demo.reports / "model_cards/walk_forward.html").is_file() and "walk-forward" not in {x["why"] for x in readings(demo.job, "test")}
     audited = realdeal("audit", "--source", "simulated", *spans, "--at", "2", "--json", home=demo.home)
     assert audited.returncode == 0, audited.stderr
-    assert [c["passed"] for c in json.loads(audited.stdout)] == [True] * 8 and "passed  planted market" in audited.stderr
+    assert [c["passed"] for c in json.loads(audited.stdout)] == [True] * 10 and "passed  planted market, ensemble" in audited.stderr
     assert realdeal("features", home=demo.home).stdout == (Path(__file__).parent.parent / "docs/features.md").read_text()
 
 

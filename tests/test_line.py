@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +27,11 @@ NOW = SIMULATED_START + (DAYS - 1) * DAY
 
 def talkative(p: EnsemblePredictor) -> EnsemblePredictor:
     """The same models, always long and never silent: the test needs orders, not wisdom."""
-    return EnsemblePredictor(p.members, replace(p.blend, offset=3.0, threshold=0.0), p.provenance, p.model_hash)
+    return replace(p, blend=replace(p.blend, offset=3.0, threshold=0.0), max_drift=1.0)
 
 
-async def session(demo: Demo, folder: Path, stage: str, minutes: int, journal: Journal | None = None, now: int = NOW):
+async def session(demo: Demo, folder: Path, stage: str, minutes: int, journal: Journal | None = None, now: int = NOW, predictor: EnsemblePredictor | None = None,
+        newest: Callable[[str], EnsemblePredictor | None] = lambda _: None, say: Callable[[str], None] = lambda _: None):
     """A runner on an emulator of its own in step mode, from `now`; what both sides know at the end."""
     s = demo.job.s.override(live={"stage": stage})
     histories = generate("realistic", SYMBOLS, SIMULATED_START, DAYS * 1440, seed=11)
@@ -38,7 +40,7 @@ async def session(demo: Demo, folder: Path, stage: str, minutes: int, journal: J
     journal = journal or Journal(folder / "journal.sqlite")
     async with serve(histories=histories, funding=rates, now=now, seed=11) as e:
         async with Exchange(s, options=client_options(e.url), clock=Clock(rate=0)) as venue:
-            runner = Runner(s, venue, store, journal, talkative(load_predictor(demo.data / "models", demo.job.s)), lambda _: None)
+            runner = Runner(s, venue, store, journal, predictor or talkative(load_predictor(demo.data / "models", demo.job.s)), say, newest)
             await runner.start()
             await run_steps(runner, e.url, asyncio.Event(), now + minutes * MINUTE)
             told = await runner.finish()
@@ -118,8 +120,7 @@ async def test_an_order_in_flight_blocks_its_symbol(demo: Demo, tmp_path: Path) 
 
 def test_session_is_computed_again(demo: Demo) -> None:
     """Parity: every feature, prediction, decision and fill of the demo's paper session, made anew from the store."""
-    predictor = load_predictor(demo.data / "models", demo.job.s)
-    assert check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), predictor, market_rules(demo.job)) == []
+    assert check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), market_rules(demo.job)) == []
     journal = Journal(session_file(demo.job, paper_key(demo.job)))
     assert len(journal.rows("decisions")) == demo.job.hours * 4 + 1
 
@@ -138,7 +139,7 @@ def test_parity_sees_a_hair(demo: Demo, monkeypatch: pytest.MonkeyPatch, feature
         return replace(p, X=X)
 
     monkeypatch.setattr(jobs, "read_panel", nudged)
-    told = check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), load_predictor(demo.data / "models", demo.job.s), market_rules(demo.job))
+    told = check_parity(demo.job, session_file(demo.job, paper_key(demo.job)), market_rules(demo.job))
     assert told and all(f"feature {feature}" in line for line in told if "feature" in line) and any(f"feature {feature}" in line for line in told)
 
 
