@@ -170,7 +170,8 @@ def market_kpis(figures: Mapping[str, float], score: Mapping[str, float], source
     "Accuracy, Sharpe and drawdown of a backtest's figures and its direction score."
     traded = '' if figures.get('trades', 0) > 0 else 'no trade was made'
     long = traded or ('' if figures.get('days', 0) >= KPI_DAYS else f'{figures.get("days", 0):.0f} days, {KPI_DAYS} are needed')
-    few = '' if score.get('enough') == 1 else f'a side was taken on {score.get("coverage", 0.0):.1%} of the rows: too few'
+    # Few rows may not meet a target; a miss is a miss on any number of them.
+    few = '' if score.get('enough') == 1 or score.get('accuracy', 0.0) < KPIS['accuracy'].target else f'a side was taken on {score.get("coverage", 0.0):.1%} of the rows: too few'
     sharpe, error = figures.get('sharpe', math.nan), 1.96 * figures.get('sharpe_error', math.nan)
     beside = f'base rate {show(score.get("base_rate"), "fraction")}, coverage {show(score.get("coverage"), "fraction")}, net {score.get("net_bp", math.nan):+.1f} bp a row'
     return [

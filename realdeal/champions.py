@@ -7,14 +7,14 @@ from __future__ import annotations
 from datetime import datetime, UTC
 from pathlib import Path
 import numpy as np
-from .ensemble import EnsemblePredictor, load_predictor, model_hash, read_manifest, read_verified, save_models
+from .ensemble import EnsemblePredictor, OldFormat, load_predictor, model_hash, read_manifest, read_verified, save_models
 from .features import STEP
 from .labels import forward_return
 from .plan import Job, job_blocks, read_panel, readings
 from .provenance import Event, Places, day
 from .scores import paired
 from .settings import Settings
-from .training import audit_passed
+from .training import audit_passed, audited_code, models_lock, training
 from .types import DAY, BadData, Missing, Refused
 
 # %% auto #0
@@ -22,9 +22,9 @@ __all__ = ['LEAST_JUDGED', 'hash_of', 'model_folder', 'rollback', 'compare', 'pr
 
 # %% ../nbs/38_champions.ipynb #90149823
 def hash_of(folder: Path) -> str:
-    "The hash of the models in `folder`, '' when there are none."
+    "The hash of the models in `folder`, '' when there are none, or no manifest that can be read."
     try: return model_hash(read_manifest(folder))
-    except Missing: return ''
+    except (Missing, BadData): return ''
 
 def _copy(source: Path, to: Path, history: tuple[Event, ...]) -> None:
     manifest = read_manifest(source)
@@ -35,24 +35,31 @@ def _history(folder: Path) -> tuple[Event, ...]:
     try: return read_manifest(folder).history
     except (Missing, BadData): return ()
 
-def _crown(places: Places, source: Path, what: str, why: str) -> Event:
-    "Put the models of `source` in the champion's place; both stand in the archive afterwards."
+def _crown(places: Places, source: Path, model: str, what: str, why: str) -> Event:
+    "Put the models of hash `model`, which stand in `source`, in the champion's place; both stand in the archive afterwards."
+    if hash_of(source) != model: raise Refused(f'{source}: holds {hash_of(source) or "nothing"} now, not {model}, which was judged: try again')
     before, history = hash_of(places.models), _history(places.models)
-    event = Event.model_validate({'at': datetime.now(UTC).isoformat(timespec='seconds'), 'what': what, 'model': hash_of(source), 'before': before, 'why': why})
-    for folder, name in ((places.models, before), (source, event.model)):
-        if name and not (places.archive / name / 'manifest.json').exists(): _copy(folder, places.archive / name, ())
-    _copy(source, places.models, (*history, event))
+    event = Event.model_validate({'at': datetime.now(UTC).isoformat(timespec='seconds'), 'what': what, 'model': model, 'before': before, 'why': why})
+    for folder, name in ((source, model), (places.models, before)):
+        if name and not (places.archive / name / 'manifest.json').exists():
+            try: _copy(folder, places.archive / name, ())
+            except BadData:      # a champion that is damaged cannot be kept
+                if folder == source: raise
+    _copy(places.archive / model, places.models, (*history, event))
     return event
 
 def model_folder(places: Places, model: str) -> Path:
     "Where the models of hash `model` stand, as champion or in the archive."
-    for folder in (places.models, places.archive / model):
+    for folder in (places.archive / model, places.models):
         if hash_of(folder) == model: return folder
     raise Missing(f'{places.archive / model}: no such model; it was champion on another machine, or was removed')
 
 def rollback(places: Places, why: str, to: str = '') -> Event:
     "Bring back the champion before the present one, or the one whose hash begins with `to`."
     if not why.strip(): raise BadData('rollback: say why')
+    with models_lock(places): return _rollback(places, why, to)
+
+def _rollback(places: Places, why: str, to: str) -> Event:
     history = _history(places.models)
     if to:
         found = [f for f in sorted(places.archive.glob(f'{to}*')) if f.is_dir()]
@@ -60,7 +67,7 @@ def rollback(places: Places, why: str, to: str = '') -> Event:
         before = found[0].name
     else: before = next((e.before for e in reversed(history) if e.what == 'promoted' and e.model == hash_of(places.models)), '')
     if not before: raise Missing(f'{places.models}: there was no champion before this one')
-    return _crown(places, model_folder(places, before), 'rolled back', why)
+    return _crown(places, model_folder(places, before), before, 'rolled back', why)
 
 # %% ../nbs/38_champions.ipynb #1ca202c4
 LEAST_JUDGED = 5 * DAY
@@ -73,23 +80,36 @@ def compare(job: Job, challenger: EnsemblePredictor, champion: EnsemblePredictor
     p = read_panel(job, start - max(challenger.history_rows, champion.history_rows) * STEP, end, 'test', 'challenger against champion', challenger.model_hash)
     rows = np.flatnonzero((p.times >= start) & (p.times < end))
     a, b = (x.blend.prob(x.member_probs(p, rows), x.quorum) for x in (challenger, champion))
-    told = paired(a, b, forward_return(p, job.s.strategy.horizon)[rows], p.times[rows], job.s.run.seed)
     looks = len(readings(job, 'test', 'challenger against champion'))
+    told = paired(a, b, forward_return(p, job.s.strategy.horizon)[rows], p.times[rows], job.s.run.seed, level=1 - 0.1 / (looks * (looks + 1)))
     return told['saved_low'] > 0, (f'log loss {told["loss"]:.5f} against {told["other_loss"]:.5f} on {told["rows"]:,.0f} rows from {day(start)} to {day(end - 1)}, '
         f'{told["saved"]:+.5f} ({told["saved_low"]:+.5f} to {told["saved_high"]:+.5f}); accuracy {told["accuracy"]:.1%} against {told["other_accuracy"]:.1%}; comparison {looks} on this block')
 
-def promote(job: Job) -> Event:
-    "The challenger becomes champion; Refused, with the figures, when it may not."
+def promote(job: Job, replace: str = '') -> Event:
+    """The challenger becomes champion; Refused, with the figures, when it may not.
+
+    `replace`: why the champion is replaced although the two cannot be compared, or although the challenger was rolled back before; the audit is asked for all the same."""
+    with models_lock(job.places): return _promote(job, replace.strip())
+
+def _promote(job: Job, replace: str) -> Event:
     s, places = job.s, job.places
     challenger = load_predictor(places.challenger, s, (job.source,))
-    if challenger.model_hash == hash_of(places.models): raise Refused(f'{challenger.model_hash}: is the champion already')
+    mine, champion = challenger.model_hash, None
+    if mine == hash_of(places.models): raise Refused(f'{mine}: is the champion already')
     if not audit_passed(job): raise Refused('no audit of this very code and these settings has passed: run `realdeal audit`')
-    try: champion = load_predictor(places.models, s, (job.source,))
-    except Missing: return _crown(places, places.challenger, 'promoted', 'the first champion; the audit has passed')
-    except (Refused, BadData) as e: return _crown(places, places.challenger, 'promoted', f'the champion cannot be used ({_relative(str(e), s)}); the audit has passed')
-    better, figures = compare(job, challenger, champion)
-    if not better: raise Refused(f'the champion {champion.model_hash} stays: {figures}')
-    return _crown(places, places.challenger, 'promoted', f'{figures}; the audit has passed')
+    if training(places.challenger).get('code') != audited_code(job): raise Refused('the challenger was trained by other code or with other settings than were audited: run `realdeal train` again')
+    if any(e.what == 'rolled back' and e.before == mine for e in _history(places.models)) and not replace: raise Refused(f'{mine}: was rolled back before; say --replace and why')
+    try: champion, why = load_predictor(places.models, s, (job.source,)), ''
+    except Missing: why = 'the first champion'
+    except OldFormat as e: why = f'the champion cannot be used ({_relative(str(e), s)})'
+    except (Refused, BadData) as e:
+        if not replace: raise Refused(f'the champion cannot be compared with: {_relative(str(e), s)}; say --replace and why, or bring back one that can be read with `realdeal rollback --to`') from None
+        why = f'{replace} (the champion: {_relative(str(e), s)})'
+    if champion is not None and replace: why = replace
+    elif champion is not None:
+        better, why = compare(job, challenger, champion)
+        if not better: raise Refused(f'the champion {champion.model_hash} stays: {why}')
+    return _crown(places, places.challenger, mine, 'promoted', f'{why}; the audit has passed')
 
 def _relative(text: str, s: Settings) -> str:
     "Without the folder that the project happens to lie in."

@@ -167,11 +167,12 @@ def audit(source: SourceOf = 'recorded', days: Days = None, market: Market = 're
     if not all(c.passed for c in checks): raise typer.Exit(1)
 
 @app.command(epilog='Example: [bold]realdeal promote --source recorded[/], after [bold]realdeal train[/] and [bold]realdeal audit[/]')
-def promote(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', trials: Trials = None, epochs: Epochs = None, test_days: TestDays = None, reserve_days: ReserveDays = None,
+def promote(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None,
+        replace: Annotated[str, typer.Option(help='Why the champion is replaced although it cannot be compared with (another source, horizon or symbols; damaged), or the challenger was rolled back.')] = '',
         config: Config = None, as_json: Json = False) -> None:
     "Make the challenger champion, if the audit has passed and it is better than the champion on later data, beyond noise. Exit code 77 when it is not."
     from realdeal import champions
-    event = champions.promote(_job(config, source, days, market=market, trials=trials, max_epochs=epochs, test_days=test_days, reserve_days=reserve_days))
+    event = champions.promote(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days), replace)
     _say(event.model_dump_json(indent=1) if as_json else f'champion {event.model} in place of {event.before or "none"}: {event.why}')
 
 @app.command(epilog='Example: [bold]realdeal rollback --why "drifts since Tuesday"[/]')

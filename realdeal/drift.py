@@ -33,15 +33,22 @@ class Stability:
     share: np.ndarray
     usual: np.ndarray
 
+    def of(self, time: int) -> int | None:
+        "The index of the day of `time` (ms), None when it is not there or not known."
+        i = int(np.searchsorted(self.days, time // DAY * DAY))
+        return i if i < len(self.days) and self.days[i] == time // DAY * DAY and np.isfinite(self.share[i]) else None
+
     def at(self, time: int) -> float:
         "The drift that is known at `time` (ms): that of its day; nan when it is not known."
-        i = int(np.searchsorted(self.days, time // DAY * DAY))
-        return float(self.share[i]) if i < len(self.days) and self.days[i] == time // DAY * DAY else float('nan')
+        return float('nan') if (i := self.of(time)) is None else float(self.share[i])
+
+    def times_usual(self, name: str, time: int) -> float:
+        "The index of `name` on the day of `time` over its limit; nan when it is not known."
+        return float('nan') if (i := self.of(time)) is None or name not in self.names else float(self.psi[i, self.names.index(name)] / self.usual[self.names.index(name)])
 
     def worst(self, time: int, most: int = 3) -> list[str]:
         "The features that lie farthest above their limits on the day of `time`, the farthest first."
-        i = int(np.searchsorted(self.days, time // DAY * DAY))
-        if i >= len(self.days) or not np.isfinite(self.share[i]): return []
+        if (i := self.of(time)) is None: return []
         times = self.psi[i] / self.usual
         return [self.names[j] for j in np.argsort(-times, kind='stable')[:most] if times[j] > 1]
 
@@ -64,11 +71,13 @@ class Reference:
         if not np.isfinite(weeks.share).any(): raise BadData(f'drift: {len(X)} rows hold no week of {LEAST} rows')
         return cls(draft.names, edges, draft.known, tuple(float(max(x, 1e-9)) for x in np.nanquantile(weeks.psi, USUAL, axis=0)))
 
-    def stability(self, X: np.ndarray, times: np.ndarray) -> Stability:
-        "The indices of every midnight up to the day after the last of the rows `X` (n, k) at `times` (n,) ms, in any order."
-        first = int(times.min()) // DAY if len(times) else 0
+    def stability(self, X: np.ndarray, times: np.ndarray, span: tuple[int, int] | None = None) -> Stability:
+        """The indices of the rows `X` (n, k) at `times` (n,) ms, in any order, for every midnight that has WEEK days of `span` before it; the last one is that after the span.
+
+        span: first and last time (ms) that rows were asked for, default those of the rows; it is not theirs where the venue was halted."""
+        first, last = span or ((int(times.min()), int(times.max())) if len(times) else (DAY, 0))
+        first, n = first // DAY, last // DAY - first // DAY + 1
         day = times // DAY - first
-        n = int(day.max()) + 1 if len(times) else 0
         counts = np.zeros((n + 1, len(self.names), PARTS + 1))     # by day, then summed up: the row of a midnight holds all days before it
         for j, (x, e) in enumerate(zip(X.T, self.edges, strict=True)): counts[1:, j] = np.bincount(day * (PARTS + 1) + _parts(x, e), minlength=n * (PARTS + 1)).reshape(n, PARTS + 1)
         total = counts.cumsum(0)

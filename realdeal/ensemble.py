@@ -22,10 +22,10 @@ from .store import write_atomic
 from .types import DAY, MINUTE, BadData, Missing, Refused, Side, Signal
 
 # %% auto #0
-__all__ = ['MANIFEST', 'Texts', 'KNOWN_SHARE', 'FORMAT', 'Method', 'SCORE', 'Kept', 'FILES', 'BLEND', 'DRIFT', 'load_plain',
-           'read_manifest', 'save_models', 'read_verified', 'Member', 'LgbmMember', 'SequenceMember', 'SentimentMember',
-           'Blend', 'fit_blend', 'blend_bytes', 'Forecast', 'EnsemblePredictor', 'inputs_of_drift', 'load_members',
-           'load_predictor', 'model_hash']
+__all__ = ['MANIFEST', 'Texts', 'KNOWN_SHARE', 'FORMAT', 'Method', 'SCORE', 'SCORE_LIMIT', 'Kept', 'FILES', 'BLEND', 'DRIFT',
+           'load_plain', 'read_manifest', 'save_models', 'read_verified', 'Member', 'LgbmMember', 'SequenceMember',
+           'SentimentMember', 'OldFormat', 'Blend', 'fit_blend', 'blend_bytes', 'Forecast', 'EnsemblePredictor',
+           'inputs_of_drift', 'load_members', 'load_predictor', 'model_hash']
 
 # %% ../nbs/26_ensemble.ipynb #51b10fe0
 class _PlainUnpickler(pickle.Unpickler):
@@ -141,6 +141,9 @@ class SentimentMember:
 
 # %% ../nbs/26_ensemble.ipynb #42236451
 FORMAT = 2      # of the files: another number means that they were made by other code
+
+class OldFormat(Refused): "Models that this program cannot read, because another one made them."
+
 Method = Literal['learned', 'average', 'silent']
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Blend:
 
     @classmethod
     def from_plain(cls, d: Mapping[str, Any]) -> Blend:
-        if d.get('format') != FORMAT: raise Refused(f'the models are of format {d.get("format", 1)}, this program reads {FORMAT}: train again')
+        if d.get('format') != FORMAT: raise OldFormat(f'the models are of format {d.get("format", 1)}, this program reads {FORMAT}: train again')
         return cls(**{**d, 'members': tuple(d['members']), 'weights': tuple(d['weights']), **{k: tuple((a, b) for a, b in d[k]) for k in ('thresholds', 'losses')}})
 
 def _logit(p: np.ndarray) -> np.ndarray:
@@ -212,6 +215,7 @@ def blend_bytes(b: Blend) -> bytes: return (json.dumps(asdict(b), indent=1) + '\
 
 # %% ../nbs/26_ensemble.ipynb #78a97233
 SCORE = 'score'     # the ensemble's probability, as a thing that can drift
+SCORE_LIMIT = 3.0   # and alone silences it, when its index is so many times its limit
 
 class Forecast(NamedTuple):
     "For each row what the members say (n, members, 3), the probability (n,), nan where too few speak, and the Signal; the drift of the days."
@@ -257,10 +261,11 @@ class EnsemblePredictor:
     def stability(self, p: Panel, rows: np.ndarray | None = None, voices: np.ndarray | None = None) -> Stability | None:
         "The drift of each day that has a whole week before it in the panel; None without a reference. `voices` of `rows` spare the work of predicting them."
         if self.reference is None: return None
-        rows = np.flatnonzero(p.real) if rows is None else rows
+        rows = np.arange(len(p)) if rows is None else rows
+        if not len(rows): return None
         said = self.voices(p, rows) if voices is None else voices
-        use = p.real[rows]
-        return self.reference.stability(inputs_of_drift(p, rows, self.blend.prob(said[:, :, 0]), self.reference.names)[use], p.times[rows][use])
+        use, times = p.real[rows], p.times[rows]
+        return self.reference.stability(inputs_of_drift(p, rows, self.blend.prob(said[:, :, 0]), self.reference.names)[use], times[use], (int(times.min()), int(times.max())))
 
     def forecast(self, p: Panel, rows: np.ndarray | None = None, texts: Texts | None = None, stability: Stability | None = None) -> Forecast:
         "What there is to say on each of `rows` (default: all) of the panel. The drift is that of `stability`, or of the panel itself where it reaches back a week."
@@ -287,6 +292,7 @@ class EnsemblePredictor:
         def flat(reason: str) -> Signal: return replace(told, reason='; '.join(x for x in (reason, without) if x))
         if not p.real[row]: return flat('the venue was halted within the last day')
         if stability and drift > self.max_drift: return flat(f'drift: {drift:.0%} of the inputs lie as they rarely did in training, such as {", ".join(stability.worst(time))}')
+        if stability and stability.times_usual(SCORE, time) > SCORE_LIMIT: return flat(f'drift: what it says itself lies {stability.times_usual(SCORE, time):.1f} times as far from what it said before as is usual')
         if confidence < self.blend.threshold or confidence == 0: return flat(f'confidence {confidence:.3f} below {self.blend.threshold:.3f}')
         side: Side = 'long' if prob > 0.5 else 'short'
         return replace(flat(f'{prob:.1%} up'), side=side)
@@ -322,7 +328,7 @@ def load_predictor(folder: Path, s: Settings, allowed: tuple[Source, ...] = ('re
     content, provenance = read_verified(folder, BLEND, manifest)
     if provenance.source not in allowed: raise Refused(f'{folder}: the model was trained on a {provenance.source} market; allowed here: {", ".join(allowed)}')
     try: blend = Blend.from_plain(json.loads(content))
-    except Refused as e: raise Refused(f'{folder}: {e}') from None
+    except OldFormat as e: raise OldFormat(f'{folder}: {e}') from None
     members = load_members(folder, manifest)
     if blend.members != tuple(m.name for m in members): raise BadData(f'{BLEND}: blends {", ".join(blend.members)}, but the manifest has {", ".join(m.name for m in members)}; train again')
     if blend.horizon != s.strategy.horizon: raise Refused(f'{folder}: the model predicts {blend.horizon} minutes, settings say {s.strategy.horizon}: train again')

@@ -27,7 +27,7 @@ from .scores import accuracy_line, direction_score
 from .settings import Settings
 from .store import Journal, Store, write_atomic
 from .training import AUDITED, TRAINING, VERDICT, WALK, audit, score_cards, train
-from .types import DAY, MINUTE, BadSetting, MarketRules, Missing, Refused, Retry, slug
+from .types import DAY, MINUTE, BadSetting, MarketRules, Missing, RealdealError, Refused, slug
 from .wire import client_options
 
 # %% auto #0
@@ -139,7 +139,7 @@ def check_parity(job: Job, session: Path, rules: Mapping[str, MarketRules]) -> l
 def judge(job: Job) -> dict[str, float]:
     "Backtest the report's days for the portfolio and for each symbol, score the test block, save results, cards and board; the portfolio's figures."
     s, (start, end) = job.s, report_span(job)
-    predictor = replace(load_predictor(job.places.models, s, (job.source,)), kept=kept_in(job.places.data / 'work' / 'predictions'))
+    predictor = replace(load_predictor(job.places.models, s, (job.source,)), kept=kept_in(job.places.data / 'work' / f'predictions-{code_hash("sequences", "ensemble", "scores")}'))
     cut = job_blocks(job).edges['test'][0]
     if predictor.provenance.end > cut: raise Refused(f'{job.places.models}: the model learned until {utc(predictor.provenance.end)}, the test block begins {utc(cut)}: train again')
     rules, score = market_rules(job), score_cards(job, predictor)
@@ -160,7 +160,7 @@ def judge(job: Job) -> dict[str, float]:
     portfolio = save('portfolio', test, np.arange(len(test)))
     for x in s.data.symbols: save(slug(x), *only(test, x))
     session = _session(job, rules)
-    board = cards.board(prov, portfolio.figures, score, latency_ms=prediction_ms(predictor, p), machine=f'{os.cpu_count()} cores, one thread', rehearsal=session if job.source != 'exchange' else None,
+    board = cards.board(prov, portfolio.figures, score, latency_ms=prediction_ms(replace(predictor, kept=None), p), machine=f'{os.cpu_count()} cores, one thread', rehearsal=session if job.source != 'exchange' else None,
         uptime=session.get('uptime') if job.source == 'exchange' else None, uptime_source=job.source, uptime_hours=session.get('hours', 0.0),
         assumptions={**s.costs.model_dump(), 'fill': 'the next minute\'s open, as a taker', 'accuracy': f'on the test block, {" to ".join(day(x) for x in (cut, job_blocks(job).edges["test"][1] - 1))}',
             'the reserve was opened for this report': f'{len(readings(job, "reserve", REPORT))} times', 'the test block was opened': f'{len(readings(job, "test"))} times'})
@@ -285,7 +285,8 @@ async def retrain(make: Callable[[], Job], every_days: float, say: Callable[[str
         try:
             await fetch_all(job)
             await _new_champion(job, Steps(job.places.data / 'steps.json', job.say))
-        except Retry as e: say(f'this time it failed, the next time may not: {e}')
+        except BadSetting: raise
+        except RealdealError as e: say(f'this time it failed, the next time may not: {e}')
         done += 1
         if times is not None and done >= times: return
         due = began + every_days * DAY / 1000

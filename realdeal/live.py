@@ -165,24 +165,25 @@ class Forecaster:
 
     def use(self, predictor: EnsemblePredictor) -> None:
         "From now on `predictor`; its drift is not judged yet."
-        self.predictor, self.stability, self.midnight = predictor, UNKNOWN, 0
+        self.predictor, self.stability, self.judged = predictor, UNKNOWN, ('', 0)      # the drift of which model and midnight (ms)
         self.rolling = Rolling(self.store, self.symbols, predictor.history_rows)
 
     async def at(self, time: int, texts: Texts | None = None) -> Look:
         "The look at `time` (ms). Retry when too many ask."
-        if known := self._said.get((self.predictor.model_hash, time)): return known
+        predictor, rolling = self.predictor, self.rolling
+        if known := self._said.get((predictor.model_hash, time)): return known
         if self.asked >= self.waiting: raise Retry(f'{self.asked} forecasts are waiting already: the machine is too slow, or too many ask')
         self.asked += 1
-        try: seen = await asyncio.get_running_loop().run_in_executor(self._pool, self._look, time, texts)
+        try: return await asyncio.get_running_loop().run_in_executor(self._pool, self._look, predictor, rolling, time, texts)
         finally: self.asked -= 1
-        self._said[self.predictor.model_hash, time] = seen
+
+    def _look(self, predictor: EnsemblePredictor, rolling: Rolling, time: int, texts: Texts | None) -> Look:
+        if known := self._said.get((predictor.model_hash, time)): return known      # by who asked before
+        day = (predictor.model_hash, time // DAY * DAY)
+        if day != self.judged: self.stability, self.judged = week_of(self.store, self.symbols, day[1], predictor), day
+        seen = self._said[predictor.model_hash, time] = look(rolling.panel(time), time, predictor, texts, self.stability)
         while len(self._said) > 2 * self.waiting: self._said.popitem(last=False)
         return seen
-
-    def _look(self, time: int, texts: Texts | None) -> Look:
-        if known := self._said.get((self.predictor.model_hash, time)): return known      # by who asked before
-        if (midnight := time // DAY * DAY) != self.midnight: self.stability, self.midnight = week_of(self.store, self.symbols, midnight, self.predictor), midnight
-        return look(self.rolling.panel(time), time, self.predictor, texts, self.stability)
 
     def close(self) -> None: self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -255,6 +256,7 @@ class Runner:
         if new is None: return
         self.say(f'champion {new.model_hash} in place of {self.predictor.model_hash}')
         self.forecaster.use(new)
+        self.caught = 0      # it may read farther back
         self.pin()
 
     async def catch_up(self, end: int) -> None:
@@ -354,13 +356,13 @@ class ModelMetrics:
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily as Gauge
-        told, known = self.f.stability, len(self.f.stability.days) > 0
+        told, at = self.f.stability, self.f.stability.of(self.f.judged[1])
         model = Gauge('realdeal_model', 'The model that speaks', labels=['hash'])
         model.add_metric([self.f.predictor.model_hash], 1)
         yield model
-        yield Gauge('realdeal_drift', 'Share of the inputs that lie as they rarely did in training', value=float(told.share[-1]) if known else math.nan)
+        yield Gauge('realdeal_drift', 'Share of the inputs that lie as they rarely did in training', value=math.nan if at is None else float(told.share[at]))
         index = Gauge('realdeal_drift_index', 'Population stability index of an input over its limit; above 1 it has drifted', labels=['input'])
-        for name, value, usual in zip(told.names, told.psi[-1] if known else (), told.usual, strict=False): index.add_metric([name], float(value / usual))
+        for name, value, usual in zip(told.names, () if at is None else told.psi[at], told.usual, strict=False): index.add_metric([name], float(value / usual))
         yield index
 
 # %% ../nbs/35_live.ipynb #4c1d3433

@@ -172,18 +172,19 @@ def by_month(prob: np.ndarray, forward: np.ndarray, times: np.ndarray, round_tri
     return [Month(str(k), int(i.sum()), float(right[i].mean()), *day_bootstrap(right[i], at[i], seed), float((move * side)[i].mean() * 1e4 - round_trip * 1e4)) for k in np.unique(month) for i in [month == k]]
 
 # %% ../nbs/21_scores.ipynb #10822cc1
-def paired(a: np.ndarray, b: np.ndarray, forward: np.ndarray, times: np.ndarray, seed: int) -> dict[str, float]:
+def paired(a: np.ndarray, b: np.ndarray, forward: np.ndarray, times: np.ndarray, seed: int, level: float = 0.95) -> dict[str, float]:
     """Forecast `a` (n,) against `b` (n,) on the rows that both speak on and whose log return `forward` (n,) is known and no tie; times (n,) ms.
 
-    rows; accuracy and log loss of each; gain: accuracy of a less that of b; saved: log loss of b less that of a; both with their interval (95 %, whole days).
+    rows; accuracy and log loss of each; gain: accuracy of a less that of b; saved: log loss of b less that of a; both with their interval (of `level`, whole days). A forecast of one half is half right.
     """
     ok = np.isfinite(a + b + forward) & (forward != 0)
     p, q, up, t = a[ok], b[ok], (forward[ok] > 0).astype(float), times[ok]
-    right, saved = ((p > 0.5) == up).astype(float) - ((q > 0.5) == up).astype(float), _surprise(q, up) - _surprise(p, up)
+    mine, theirs = (np.where(x == 0.5, 0.5, (x > 0.5) == up) for x in (p, q))
+    right, saved = mine - theirs, _surprise(q, up) - _surprise(p, up)
     def mean(name: str, x: np.ndarray) -> dict[str, float]:
-        low, high = day_bootstrap(x, t, seed)
+        low, high = day_bootstrap(x, t, seed, level=level)
         return {name: float(x.mean()) if len(x) else math.nan, f'{name}_low': low, f'{name}_high': high}
-    return {'rows': float(ok.sum()), 'accuracy': _share((p > 0.5) == up, np.ones(len(p), bool)), 'other_accuracy': _share((q > 0.5) == up, np.ones(len(q), bool)),
+    return {'rows': float(ok.sum()), 'accuracy': float(mine.mean()) if len(p) else math.nan, 'other_accuracy': float(theirs.mean()) if len(p) else math.nan,
         'loss': log_loss(p, up), 'other_loss': log_loss(q, up), **mean('gain', right), **mean('saved', saved)}
 
 # %% ../nbs/21_scores.ipynb #003e3bb1

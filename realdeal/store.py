@@ -301,10 +301,13 @@ class Store:
         frames = dict[str, pl.DataFrame]()
         with self._tail() as db:
             # The tail grows by news alone: only its identity counts. Files are looked at first, so that what comes meanwhile is news of the next time.
-            marks = ((self.folder / 'tail.sqlite').stat().st_ino, *((str(f), at.st_ino, at.st_size, at.st_mtime_ns) for f in parts if (at := f.stat())))
-            last, top = since.row if since else 0, int(db.execute('select coalesce(max(rowid), 0) from bars').fetchone()[0])
+            def look() -> tuple[Any, ...]: return (self.folder / 'tail.sqlite').stat().st_ino, *((str(f), at.st_ino, at.st_size, at.st_mtime_ns) for f in parts if (at := f.stat()))
+            marks = look()
+            follows = since is not None and since.files == marks
+            last, top = since.row if since and follows else 0, int(db.execute('select coalesce(max(rowid), 0) from bars').fetchone()[0])
             for s in symbols: frames[s] = pl.DataFrame(db.execute(f'select {", ".join(CANDLES)} from bars where rowid > ? and rowid <= ? and symbol = ? order by time', (last, top, s)).fetchall(), schema=CANDLES, orient='row')
-        return Mark(max(last, top), marks), frames if since is not None and since.files == marks else None
+            follows = follows and look() == marks      # nothing was compacted away meanwhile
+        return Mark(max(last, top), marks), frames if follows else None
 
     def missing(self, symbol: str, start: int, end: int) -> list[tuple[int, int]]:
         "The ranges [a, b) of minutes in [start, end) that the store does not hold."

@@ -375,10 +375,10 @@ def _run_fit(fit: Callable[[], Any]) -> None:
 # %% ../nbs/25_tft.ipynb #e0aa488d
 def calibrated(m: SequenceModel, p: Panel, y: np.ndarray, path: np.ndarray, rows: np.ndarray) -> SequenceModel:
     "The model, calibrated on the `rows` (n,) bool of the panel, whose labels are `y` (n,) and `path` (n, ahead)."
-    w = m.windows(p, rows)
-    w.ends = w.ends[np.argsort(p.times[w.ends], kind='stable')]
-    told = list(m.say(w))
+    told = list(m.say(m.windows(p, rows)))
     at, said = (np.concatenate(x) for x in zip(*told, strict=True)) if told else (np.empty(0, int), np.empty((0, m.form.ahead, OUTPUTS)))
+    order = np.argsort(p.times[at], kind='stable')      # the calibration is chosen on the latest rows
+    at, said = at[order], said[order]
     known = np.isfinite(y[at])
     if known.sum() < 100: raise BadData(f'{m.hparams.kind}: {known.sum()} labelled windows to calibrate with, at least 100 are needed')
     ends = np.sort(said[:, -1, 1:], axis=1)

@@ -6,33 +6,36 @@
 from __future__ import annotations
 import json, math, shutil, tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, UTC
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-import numpy as np
+import numpy as np, polars as pl
+from filelock import FileLock, Timeout
 from . import cards
-from .audit import SMALL, Check, Pipeline, World, audit_ours, certificate, line_of, made_world, our_pipeline
+from .audit import SMALL, Check, Pipeline, World, audit_ours, certificate, check_fit, check_predictions, line_of, made_world, our_pipeline
 from .drift import WEEK, Reference, Stability
 from .ensemble import BLEND, DRIFT, FILES, SCORE, Blend, EnsemblePredictor, Member, SentimentMember, SequenceMember, blend_bytes, fit_blend, read_manifest, read_verified, save_models
-from .features import FEATURES, KNOWN, SEQUENCE, STEP, Panel
+from .features import FEATURES, KNOWN, SEQUENCE, STEP, WARMUP_MINUTES, Panel
 from .labels import Labels, bars_of, break_even_table, check_break_even, direction, forward_return, make_labels, path_returns, scaled_return
 from .plan import Job, code_hash, job_blocks, provenance_of, read_panel
-from .provenance import Provenance, day, sha256
+from .provenance import Places, Provenance, day, sha256
 from .scores import ASKED, AtThreshold, accuracy_line, by_month, by_threshold, coverage_curve, day_bootstrap, direction_score, ece, explain, log_loss, paired, past_return, reliability, side_score, suspicion, thresholds_of, triple
 from .sequences import INTERVAL, columns_of
 from .settings import Settings
 from .splits import LEARN, LEAST_DAYS, Blocks, Fold, blocks, scattered, walk_forward
 from .store import write_atomic
-from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Missing
+from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Missing, NotWritten
 
 if TYPE_CHECKING: from realdeal.tft import HParams, SequenceModel
 
 # %% auto #0
 __all__ = ['Part', 'BASELINES', 'WRITES', 'TRAINING', 'VERDICT', 'AUDITED', 'TINY', 'WALK', 'ARRAYS', 'rows_of', 'make_models',
-           'train', 'training', 'too_good', 'Candidate', 'ensemble_pipeline', 'ensemble_certificates', 'audit',
-           'verdict', 'audit_passed', 'walk', 'thresholds_at', 'walk_span', 'score_cards']
+           'train', 'models_lock', 'training', 'too_good', 'Candidate', 'ensemble_pipeline', 'audit_candidate',
+           'ensemble_certificates', 'audit', 'audited_code', 'verdict', 'audit_passed', 'walk', 'thresholds_at',
+           'walk_span', 'score_cards']
 
 # %% ../nbs/37_training.ipynb #9d706506
 Part = Literal['lgbm', 'tft']
@@ -75,14 +78,15 @@ def _make_tft(p: Panel, labels: Labels, b: Blocks, s: Settings, work: Path, say:
     m, masks, hourly = s.model, rows_of(b, p, labels), p.times % HOUR == 0
     y = labels.y if m.label != 'return' else direction(labels.forward)
     path = path_returns(p, s.strategy.horizon, math.gcd(m.decoder_steps, bars_of(s.strategy.horizon)))
-    teach, stop = (rows & p.real for rows in scattered(b, p.times, labels.ends))
+    ends = np.maximum(labels.ends, p.times + s.strategy.horizon * MINUTE)      # a barrier may be touched early; the path is known at the end
+    teach, stop = (rows & p.real for rows in scattered(b, p.times, ends))
     # A feature nobody knows on this market (funding where there is no perpetual) would leave no window complete.
     names = tuple(n for n in SEQUENCE if np.isfinite(p.X[teach, p.names.index(n)]).mean() > 0.5)
     h = HParams(hidden_size=m.hidden_size, dropout=m.dropout, learning_rate=m.learning_rate, weight_decay=m.weight_decay, batch_size=m.batch_size, epoch_windows=m.epoch_windows,
         max_epochs=m.max_epochs, patience=m.patience, precision=m.precision, seed=s.run.seed, seeds=m.networks)
     def learn(h: HParams, tell: Callable[[str], None] | None) -> SequenceModel:
         made = fit_network(p, y, path, names, train=teach, stop=stop & hourly, steps=m.encoder_steps, horizon_ms=s.strategy.horizon * MINUTE, h=h, folder=work, workers=m.workers, say=tell)
-        return calibrated(made, p, y, path, masks['calibrate'])
+        return calibrated(made, p, y, path, b.mask('calibrate', p.times, ends) & p.real)
     say(f'TFT: {m.networks} networks of width {m.hidden_size}, {len(names)} features, {m.encoder_steps} steps back, {path.shape[1]} ahead')
     tft = learn(h, say)
     simple = {kind: learn(replace(h, kind=kind), None) for kind in BASELINES}
@@ -124,16 +128,24 @@ def train(job: Job, parts: Sequence[Part] = ('lgbm', 'tft'), anyway: bool = Fals
     labels = make_labels(p, s.model.label, s.strategy.horizon, s.model.barrier)
     origin = provenance_of(job, start, cut, s.model.trials)
     kept, notes = _kept(job, origin, parts)
-    files, told = make_models(p, labels, b, s, job.places.data / 'work' / f'{origin.data_hash}-{s.hash}', job.say, parts, kept, origin.model_dump(mode='json'))
+    files, told = make_models(p, labels, b, s, job.places.data / 'work' / f'{origin.data_hash}-{s.hash}-{code_hash(*AUDITED)}', job.say, parts, kept, origin.model_dump(mode='json'))
     known = {**notes, **told, 'blocks': [list(x) for x in b.rows()], 'rows': {n: int((m & np.isfinite(labels.y)).sum()) for n, m in rows_of(b, p, labels).items()},
-        'break_even': [list(x) for x in break_even_table(p, s.costs)], 'data': origin.data_hash, 'settings': s.hash}
-    save_models(job.places.challenger, {**files, TRAINING: (json.dumps(cards.plain(known)) + '\n').encode()}, origin)
+        'break_even': [list(x) for x in break_even_table(p, s.costs)], 'data': origin.data_hash, 'settings': s.hash, 'code': audited_code(job)}
+    with models_lock(job.places): save_models(job.places.challenger, {**files, TRAINING: (json.dumps(cards.plain(known)) + '\n').encode()}, origin)
+
+@contextmanager
+def models_lock(places: Places) -> Iterator[None]:
+    "Nobody else saves a challenger or changes the champion meanwhile."
+    places.data.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(places.data / '.models.lock', timeout=60): yield
+    except (OSError, Timeout) as e: raise NotWritten(f'{places.data / ".models.lock"}: {e}') from None
 
 def _kept(job: Job, origin: Provenance, parts: Sequence[Part]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    "Files and notes of the parts that are not trained now, of the last training if it was on the same candles with the same settings."
+    "Files and notes of the parts that are not trained now, of the last training if it was on the same candles with the same settings and code."
     try: told, manifest = training(job.places.challenger), read_manifest(job.places.challenger)
     except (Missing, BadData): return {}, {}
-    if told.get('data') != origin.data_hash or told.get('settings') != job.s.hash: return {}, {}
+    if (told.get('data'), told.get('settings'), told.get('code')) != (origin.data_hash, job.s.hash, audited_code(job)): return {}, {}
     stay = [x for x in WRITES if x not in parts and x in told]
     return {n: read_verified(job.places.challenger, n, manifest)[0] for x in stay for n in WRITES[x]}, {x: told[x] for x in stay}
 
@@ -162,7 +174,7 @@ class Candidate:
     files: Mapping[str, bytes]
 
     def prob(self, p: Panel) -> np.ndarray: return np.nan_to_num(self.predictor.blend.prob(self.predictor.member_probs(p, np.arange(len(p)))), nan=0.5)
-    def parts(self) -> dict[str, bytes]: return {'weigh': b''.join(v for k, v in sorted(self.files.items()) if k.endswith(('.pkl', '.onnx', '.json')))}
+    def parts(self) -> dict[str, bytes]: return {'weigh': b''.join(v for k, v in sorted(self.files.items()) if k != 'best_tft.pt')}      # zipped with a date
 
 def ensemble_pipeline(s: Settings, test_days: int = 8) -> Pipeline:
     "The whole candidate as it is trained: LightGBM, TFT and blend."
@@ -173,6 +185,15 @@ def ensemble_pipeline(s: Settings, test_days: int = 8) -> Pipeline:
         nowhere = Provenance(source='simulated', venue='', market='', symbols=p.symbols, start=0, end=0, data_hash='', settings_hash='', seed=s.run.seed, commit='')
         return Candidate(EnsemblePredictor(members, Blend.from_plain(json.loads(files[BLEND])), nowhere, ''), files)
     return replace(ours, fit=fit)
+
+def audit_candidate(s: Settings, w: World) -> Iterator[Check]:
+    "The whole candidate, trained in haste, on a world whose future is changed: its files are equal to the byte, and what it said stays said."
+    pipe = ensemble_pipeline(s.override(model={**TINY, 'max_epochs': 1, 'epoch_windows': 1000}))
+    done, model = check_fit(pipe, w)
+    yield replace(done, name='fit, ensemble')
+    late = w.end - (WARMUP_MINUTES // 1440 + 4) * DAY      # its last days are enough: a prediction looks back hours
+    short = World({x: c.filter(pl.col('time') >= late) for x, c in w.candles.items()}, w.funding, w.end)
+    yield replace(check_predictions(pipe, model, short, [w.end - DAY - STEP // 3]), name='predictions, ensemble')
 
 def ensemble_certificates(s: Settings, days: int = 120) -> Iterator[Check]:
     "The whole candidate on a market without an edge, where it is silent or right half of the time, and on one with a known edge."
@@ -189,21 +210,23 @@ def audit(job: Job, at: int = 12, days: int = 75) -> list[Check]:
     world = World({x: job.store.read(x, a, b) for x in symbols}, {x: job.store.read_funding(x, a, b) for x in symbols}, b)
     if empty := [x for x, c in world.candles.items() if c.is_empty()]: raise Missing(f'{job.store.folder}: no candles of {", ".join(empty)} from {day(a)} to {day(b)}; run `realdeal ingest`')
     checks = audit_ours(job.s, world, at, job.say)
-    for c in ensemble_certificates(job.s):
+    for c in (*audit_candidate(job.s, world), *ensemble_certificates(job.s)) if all(c.passed for c in checks) else ():
         checks.append(c)
         job.say(line_of(c))
-    told = cards.Audited(when=datetime.now(UTC).isoformat(timespec='minutes'), commit=provenance_of(job, a, b).commit, code=_audited_code(job), checks=tuple((c.name, c.passed, c.detail) for c in checks))
+    told = cards.Audited(when=datetime.now(UTC).isoformat(timespec='minutes'), commit=provenance_of(job, a, b).commit, code=audited_code(job), checks=tuple((c.name, c.passed, c.detail) for c in checks))
     write_atomic(job.places.data / VERDICT, told.model_dump_json(indent=1) + '\n')
     return checks
 
-def _audited_code(job: Job) -> str: return f'{code_hash(*AUDITED)}-{job.s.hash}'
+def audited_code(job: Job) -> str:
+    "What an audit is of: the code, and the settings that it does not make smaller for its own trainings."
+    return f'{code_hash(*AUDITED)}-{job.s.override(model=TINY).hash}'
 
 def verdict(job: Job) -> cards.Audited | None:
     "The verdict of the last audit, if it was of this code and these settings."
     file = job.places.data / VERDICT
     if not file.exists(): return None
     told = cards.Audited.model_validate_json(file.read_text())
-    return told if told.code == _audited_code(job) else None
+    return told if told.code == audited_code(job) else None
 
 def audit_passed(job: Job) -> bool: return (told := verdict(job)) is not None and told.passed
 
@@ -297,8 +320,9 @@ def score_cards(job: Job, predictor: EnsemblePredictor) -> dict[str, float]:
     probs = {m.name: told.voices[:, i, 0] for i, m in enumerate(predictor.members) if np.isfinite(told.voices[:, i, 0]).any()}
     simple: dict[str, np.ndarray] = {k: SequenceMember(read_verified(folder, _baseline(k), manifest)[0]).say(whole, rows, {})[:, 0] for k in BASELINES if _baseline(k) in manifest.files}
     spoken = np.array([x.prob for x in told.signals])
+    heard = np.where(np.isfinite(told.prob), spoken, np.nan)      # who was not heard is not compared
     def rivals(name: str, prob: np.ndarray) -> tuple[cards.Rival, ...]:
-        others = {k: v for k, v in {**probs, **simple, 'ensemble': spoken}.items() if k != name and not (k == 'ensemble' and name in probs) and not (k in simple and name == 'ensemble')}
+        others = {k: v for k, v in {**probs, **simple, 'ensemble': heard}.items() if k != name and not (k == 'ensemble' and name in probs) and not (k in simple and name == 'ensemble')}
         return tuple(cards.Rival(name=k, **paired(prob, v, seen['forward'], test.times, s.run.seed)) for k, v in others.items())
     def card(name: str, prob: np.ndarray, **more: Any) -> None:
         cards.write_card(job.places.data / 'cards', _card(job, name, known, {**seen, 'prob': prob}, test, predictor.provenance).model_copy(update={'rivals': rivals(name, prob), **more}))
@@ -306,7 +330,7 @@ def score_cards(job: Job, predictor: EnsemblePredictor) -> dict[str, float]:
     for name, prob in probs.items(): card(name, prob, promises=inside if name == 'tft' else None)
     confident = np.isfinite(told.prob) & (2 * np.abs(spoken - 0.5) >= predictor.blend.threshold)
     share = _promise('rows on which it is sure enough to speak, at most', s.strategy.coverage, confident, test.times, s, least=False)
-    card('ensemble', spoken, score=score, verdict65=triple(score, untouched=True), promises=(share, *inside), drift=_drift(told.stability, start, s) if told.stability else None)
+    card('ensemble', heard, score=score, verdict65=triple(score, untouched=True), promises=(share, *inside), drift=_drift(told.stability, start, s) if told.stability else None)
     return score
 
 def _promise(what: str, promised: float, kept: np.ndarray, times: np.ndarray, s: Settings, least: bool) -> cards.Promise:

@@ -17,11 +17,12 @@ from realdeal import champions
 from realdeal.champions import hash_of, promote, rollback
 from realdeal.ensemble import BLEND, Blend, blend_bytes, load_predictor, read_manifest, read_verified, save_models
 from realdeal.features import STEP, panel
+from realdeal.featurestore import FeatureStore
 from realdeal.live import Forecaster, Rolling, history, reach
 from realdeal.plan import Job, job_blocks, read_panel, readings
 from realdeal.provenance import Places
 from realdeal.store import Store
-from realdeal.training import VERDICT
+from realdeal.training import TRAINING, VERDICT
 from realdeal.types import DAY, HOUR, MINUTE, BadData, Bar, Minute, Missing, Refused, Retry
 
 
@@ -78,6 +79,29 @@ def test_the_first_champion_and_then_only_a_better_one(rival: Job) -> None:
     better = promote(rival)
     assert better.before == wrong and better.model == event.model and "comparison 2" in better.why
     assert rollback(rival.places, "for the test").model == wrong and hash_of(rival.places.models) == wrong
+    with pytest.raises(Refused, match="was rolled back before"): promote(rival)
+    assert promote(rival, "it was the exchange's fault").model == event.model
+
+
+def test_what_was_judged_is_what_is_crowned(rival: Job) -> None:
+    """Another training that ends meanwhile changes the challenger: the models that were not judged are refused. So is a challenger of other code than was audited."""
+    with pytest.raises(Refused, match="which was judged"): champions._crown(rival.places, rival.places.challenger, "0" * 16, "promoted", "judged another")
+    assert hash_of(rival.places.models) == ""
+    manifest = read_manifest(rival.places.challenger)
+    files = {n: read_verified(rival.places.challenger, n)[0] for n in manifest.files}
+    save_models(rival.places.challenger, files | {TRAINING: json.dumps({**json.loads(files[TRAINING]), "code": "other"}).encode()}, manifest.files[BLEND].provenance)
+    with pytest.raises(Refused, match="trained by other code"): promote(rival)
+
+
+def test_who_cannot_be_compared_with_is_not_replaced_in_silence(rival: Job) -> None:
+    """A champion of other symbols, or one that is damaged: only with a reason, and the reason is kept."""
+    promote(rival)
+    first = hash_of(rival.places.models)
+    put(rival, rival.places.challenger, offset=0.1)
+    (rival.places.models / BLEND).write_bytes(b"torn")
+    with pytest.raises(Refused, match="say --replace and why"): promote(rival)
+    assert "the disk was full" in promote(rival, "the disk was full").why
+    assert rollback(rival.places, "back", to=first).model == first and read_verified(rival.places.models, BLEND), "the archive has the one that was torn"
 
 
 def test_a_champion_that_cannot_be_read_is_replaced_and_says_why(rival: Job) -> None:
@@ -113,7 +137,7 @@ def test_a_runner_takes_the_new_champion_at_its_next_decision(rival: Job, demo: 
 
     def newest(used: str):
         calls.append(used)
-        if len(calls) == 3: champions._crown(at, at.challenger, "promoted", "for the test")
+        if len(calls) == 3: champions._crown(at, at.challenger, second, "promoted", "for the test")
         return None if hash_of(at.models) == used else load_predictor(at.models, demo.job.s)
 
     runner, told, *_ = asyncio.run(session(demo, tmp_path, "paper", 60, predictor=load_predictor(at.models, demo.job.s), newest=newest))
@@ -144,7 +168,7 @@ async def test_forecasts_are_bounded_and_made_once(demo: Demo) -> None:
     assert sum(isinstance(x, Retry) for x in told) == 4 and f.asked == 0
     seen = await f.at(time)
     assert seen is next(x for x in told if not isinstance(x, Retry)) and [x.symbol for x in seen.signals] == list(job.s.data.symbols)
-    p = read_panel(job, time - DAY, time, "reserve", "a test of forecasts", "x")
+    p = FeatureStore(job.store, job.s.data.symbols).panel(time - DAY, time)
     again = predictor.predict(p, np.flatnonzero(p.times == time), stability=f.stability)
     assert [x.prob for x in again] == pytest.approx([x.prob for x in seen.signals], rel=1e-9) and [x.reason for x in again] == [x.reason for x in seen.signals]
     assert np.isfinite(f.stability.at(time)), "the drift of the day is judged by the week before it"
@@ -170,7 +194,7 @@ def test_news_are_appended_and_anything_else_is_read_anew(demo: Demo, tmp_path: 
         mine = rolling.panel(time)
         whole = panel(*history(store, symbols, time - reach(3), time), time, start=time - 3 * STEP)
         assert np.array_equal(mine.times, whole.times) and np.array_equal(mine.real, whole.real)
-        np.testing.assert_array_equal(mine.X, whole.X)
+        np.testing.assert_allclose(mine.X, whole.X, rtol=1e-12, atol=1e-15)
         built.append(rolling.built)
 
     same(end)
@@ -206,7 +230,7 @@ def test_the_drift_of_the_runner_is_that_of_the_backtest(demo: Demo) -> None:
 
     job, predictor = demo.job, load_predictor(demo.data / "models", demo.job.s)
     midnight = job_blocks(job).edges["test"][1]
-    p = read_panel(job, midnight - predictor.drift_rows * 900_000, midnight + DAY // 2, "reserve", "a test of drift", "x")
+    p = FeatureStore(job.store, job.s.data.symbols).panel(midnight - predictor.drift_rows * STEP, midnight + DAY // 2)
     alone = week_of(job.store, job.s.data.symbols, midnight, predictor)
     rows = np.flatnonzero(p.times >= midnight)
     assert alone.at(midnight) == predictor.forecast(p, rows).stability.at(midnight)
@@ -223,10 +247,10 @@ def test_metrics_of_the_models(demo: Demo) -> None:
     registry.register(ModelMetrics(f))
     assert b"realdeal_drift NaN" in generate_latest(registry), "nothing is known before the first bar"
     p = read_panel(job, job.span()[0], job_blocks(job).edges["test"][0])
-    f.stability = predictor.stability(p)
+    f.stability, f.judged = predictor.stability(p), (predictor.model_hash, int(p.times[-1]))
     told = generate_latest(registry).decode()
     assert f'realdeal_model{{hash="{predictor.model_hash}"}} 1.0' in told and 'realdeal_drift_index{input="ret_1d"}' in told
-    assert float(told.split("\nrealdeal_drift ")[1].split()[0]) == f.stability.share[-1]
+    assert float(told.split("\nrealdeal_drift ")[1].split()[0]) == f.stability.at(int(p.times[-1])), "the day that is decided on, not the next"
 
 
 def test_retraining_once(demo: Demo) -> None:

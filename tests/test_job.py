@@ -168,7 +168,7 @@ def test_walk_and_audit_as_commands(demo: Demo) -> None:
     assert (demo.reports / "model_cards/walk_forward.html").is_file() and "walk-forward" not in {x["why"] for x in readings(demo.job, "test")}
     audited = realdeal("audit", "--source", "simulated", *spans, "--at", "2", "--json", home=demo.home)
     assert audited.returncode == 0, audited.stderr
-    assert [c["passed"] for c in json.loads(audited.stdout)] == [True] * 10 and "passed  planted market, ensemble" in audited.stderr
+    assert [c["passed"] for c in json.loads(audited.stdout)] == [True] * 12 and "passed  planted market, ensemble" in audited.stderr
     assert realdeal("features", home=demo.home).stdout == (Path(__file__).parent.parent / "docs/features.md").read_text()
 
 

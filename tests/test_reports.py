@@ -94,7 +94,7 @@ def parts(page): return [p.split('</h2>')[0].rsplit('>', 1)[-1] for p in page.sp
 def test_a_whole_card_shows_all_parts_and_a_bare_one_says_what_is_missing(made):
     whole, little = made[1]['model_card'].read_text(), made[1]['bare'].read_text()
     sections, figures, tables = parts(whole)
-    assert (figures, tables) == (12, 11) and len(sections) == 10 and len(whole.encode()) < 1_000_000
+    assert (figures, tables) == (14, 15) and len(sections) == 13 and len(whole.encode()) < 1_000_000
     assert parts(little) == (sections, 1, 2)                   # the blocks in time, and where it comes from
     for missing in ('Not scored.', 'Not measured.', 'Nothing was recorded.', 'Not computed.', 'Not audited.', '– not judged', '– not trained'): assert missing in little and missing not in whole
     assert '<title>A &quot;bare&quot; card</title>' in little
@@ -112,6 +112,9 @@ def test_the_numbers_on_a_card_are_the_cards(made, tmp_path):
     for minutes, move, taker, maker in x.break_even.rows: assert f'{" (in use)" if minutes == 240 else ""} | {move:.1f} bp | {pct(taker)} | {pct(maker)} |' in text
     for check, _, detail in x.audit.checks: assert f'| {check} | ✔ passed | {detail} |' in text
     assert f'the best reached {min(v for _, v, _ in x.trials if v):.5f}.' in text and '30 trials: 5 pruned, 25 complete' in text and f'the worst was {min(x.months, key=lambda m: m.accuracy).month}' in text
+    for v in x.rivals: assert f'| {v.name} | {v.rows:,.0f} | {v.loss:.5f} | {v.other_loss:.5f} | {v.saved:+.5f} | {v.saved_low:+.5f} to {v.saved_high:+.5f} |' in text
+    for p in x.promises: assert f'| {p.what} | {pct(p.promised)} | {pct(p.seen)} | {pct(p.low)} to {pct(p.high)} | {"✔ kept" if p.kept else "✘ broken"} |' in text
+    assert {p.kept for p in x.promises} == {True, False} and f'On {x.drift.silent} of {x.drift.days} days the drift was above' in text
     assert 'not judged**: simulated market' in text and '65 % is **m' not in text        # neither met nor missed where the prices are made up
 
 
@@ -120,7 +123,7 @@ def test_what_is_too_good_is_not_met_and_told(made):
     assert '65 % is **not judged**: suspicious, and no audit explains it. Even the lower end of the interval, 69.0 %' in text and 'is **met**' not in text
     assert '- ✘ **Leak audit** 1 of 2: failed (a <b>scaler</b>)' in text and 'suspicious' in text and '- ✘ **Shuffled labels** 60.0 %: learned something' in text
     assert 'a &lt;b&gt;scaler&lt;/b&gt;' in page and '<b>scaler' not in page and '| a <b>scaler</b> | ✘ failed | fitted on \\| all rows |' in text
-    assert '| 5.0 % | 0.0 % | 0 | – | – | – | – | – |' in text and 'Features by mean |SHAP|' not in text and parts(page)[1] == 9
+    assert '| 5.0 % | 0.0 % | 0 | – | – | – | – | – |' in text and 'Features by mean |SHAP|' not in text and parts(page)[1] == 11
     assert 'SIMULATED' not in page
 
 
