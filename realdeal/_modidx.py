@@ -463,6 +463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.features._sum': ('features.html#_sum', 'realdeal/features.py'),
                                    'realdeal.features._trend': ('features.html#_trend', 'realdeal/features.py'),
                                    'realdeal.features._vol': ('features.html#_vol', 'realdeal/features.py'),
+                                   'realdeal.features._week': ('features.html#_week', 'realdeal/features.py'),
                                    'realdeal.features.as_of': ('features.html#as_of', 'realdeal/features.py'),
                                    'realdeal.features.catalogue': ('features.html#catalogue', 'realdeal/features.py'),
                                    'realdeal.features.grid15': ('features.html#grid15', 'realdeal/features.py'),

@@ -7,6 +7,7 @@ bar alone, and none of them can see the future."""
 from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 import hashlib, math, re
 import numpy as np, polars as pl
 from .store import CANDLES, dense
@@ -194,9 +195,19 @@ KNOWN = tuple(f.name for f in FEATURES if f.known)
 SEQUENCE: tuple[str, ...] = (
     'ret_5m', 'ret_15m', 'ret_1h', 'ret_4h', 'ret_12h', 'ret_1d', 'ret_3d', 'ret_7d', 'vol_1h_1d', 'vol_4h_7d', 'vol_1d', 'range_4h', 'range_1d', 'range_7d', 'volume_1h_7d',
     'flow_1h', 'flow_1d', 'autocorr_1d', 'peer_ret_15m', 'peer_ret_4h', 'peer_ret_1d', 'lead_1h', 'funding', *KNOWN)
+_SLOTS = 7 * DAY // STEP
+
 def known_ahead(times: np.ndarray) -> np.ndarray:
-    "The features KNOWN (n, len(KNOWN)) at `times` (n,) ms, past or future."
-    return pl.DataFrame({'time': times}).select_seq(**{f.name: f.expr for f in FEATURES if f.known}).to_numpy()
+    "The features KNOWN (n, len(KNOWN)) at `times` (n,) ms on the grid, past or future: what is known ahead repeats every week."
+    if (times % STEP).any(): raise BadData(f'{int(times[(times % STEP).argmax()])}: not on the grid of {STEP // MINUTE} minutes')
+    return _week()[times // STEP % _SLOTS]
+
+@lru_cache
+def _week() -> np.ndarray:
+    "KNOWN at every row of a week from time 0."
+    weeks = pl.DataFrame({'time': np.arange(0, 3 * _SLOTS) * STEP}).select_seq(**{f.name: f.expr for f in FEATURES if f.known}).to_numpy().reshape(3, _SLOTS, -1)
+    if odd := [n for j, n in enumerate(KNOWN) if not (weeks[:, :, j] == weeks[0, :, j]).all()]: raise BadData(f'feature {", ".join(odd)}: known ahead, but does not repeat every week')
+    return weeks[0]
 
 WARMUP = max(f.warmup for f in FEATURES) + 1          # rows of 15 minutes
 WARMUP_MINUTES = (WARMUP + 1) * _MINUTES
