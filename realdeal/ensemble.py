@@ -43,7 +43,7 @@ MANIFEST = 'manifest.json'
 def read_manifest(folder: Path) -> Manifest:
     "The manifest of a model folder; Missing when there is none."
     try: return Manifest.parse((folder / MANIFEST).read_text())
-    except FileNotFoundError: raise Missing(f'{folder}: no {MANIFEST}, so no models; train them with `realdeal run` or `realdeal train`') from None
+    except FileNotFoundError: raise Missing(f'{folder}: no {MANIFEST}, so no models; train them with `realdeal run`, or with `realdeal train`, `audit` and `promote`') from None
 
 def save_models(folder: Path, files: Mapping[str, bytes], provenance: Provenance, history: Sequence[Event] = ()) -> Manifest:
     "Write model files and then their manifest, which names them: an interrupted save leaves files that the old manifest refuses, never a wrong pair."
@@ -58,7 +58,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest | None = None) -> 
     "A model file whose SHA-256 is that of the manifest (default: the folder's)."
     manifest = manifest or read_manifest(folder)
     try: content = (folder / name).read_bytes()
-    except FileNotFoundError: raise Missing(f'{folder / name}: no such model; train it with `realdeal run` or `realdeal train`') from None
+    except FileNotFoundError: raise Missing(f'{folder / name}: no such model; train it with `realdeal run`, or with `realdeal train`, `audit` and `promote`') from None
     return content, manifest.check(name, content)
 
 # %% ../nbs/26_ensemble.ipynb #b4fa53d3
