@@ -202,7 +202,7 @@ class Follower:
                 minutes = minutes[len(group):]
                 bars, upto = await self._over(symbol, group[0], group[-1] + MINUTE)
                 for t in group:
-                    if t < upto and t in self.feed.doubts(symbol): await self._ask(symbol, t, bars.get(t))
+                    if t < upto and t in self.feed.symbols[symbol].doubts: await self._ask(symbol, t, bars.get(t))
         finally: self._mending.discard(symbol)
 
     async def _ask(self, symbol: str, t: int, bar: Bar | None) -> None:
