@@ -128,6 +128,7 @@ def train(job: Job, parts: Sequence[Part] = ('lgbm', 'tft'), anyway: bool = Fals
     labels = make_labels(p, s.model.label, s.strategy.horizon, s.model.barrier)
     origin = provenance_of(job, start, cut, s.model.trials)
     kept, notes = _kept(job, origin, parts)
+    if gone := [x for x in WRITES if x not in parts and x not in notes]: job.say(f'without {", ".join(gone)}: not trained now, nor before on the same candles with the same settings and code')
     files, told = make_models(p, labels, b, s, job.places.data / 'work' / f'{origin.data_hash}-{s.hash}-{code_hash(*AUDITED)}', job.say, parts, kept, origin.model_dump(mode='json'))
     known = {**notes, **told, 'blocks': [list(x) for x in b.rows()], 'rows': {n: int((m & np.isfinite(labels.y)).sum()) for n, m in rows_of(b, p, labels).items()},
         'break_even': [list(x) for x in break_even_table(p, s.costs)], 'data': origin.data_hash, 'settings': s.hash, 'code': audited_code(job)}
