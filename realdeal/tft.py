@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_forecasting import TemporalFusionTransformer
 from pytorch_forecasting.metrics import QuantileLoss
+from pytorch_forecasting.models.temporal_fusion_transformer.sub_modules import VariableSelectionNetwork
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -86,6 +87,33 @@ class _Transformer(TemporalFusionTransformer):
         hidden = torch.cat([torch.zeros(self.ahead, self.hparams.max_encoder_length, dtype=torch.bool, device=at.device), at >= at[:, None]], dim=1)
         return hidden.expand(len(encoder_lengths), -1, -1)
 
+class _Selection(nn.Module):
+    "The library's variable selection with its own weights, for all variables at once instead of one after the other."
+    def __init__(self, one_by_one: VariableSelectionNetwork):
+        super().__init__()
+        self.names, self.dropout = list(one_by_one.input_sizes), nn.Dropout(one_by_one.dropout)
+        self.prescalers, self.single_variable_grns, self.flattened_grn = one_by_one.prescalers, one_by_one.single_variable_grns, one_by_one.flattened_grn
+
+    def forward(self, x: Mapping[str, Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        "Variables (b, t, 1) by name -> their selection (b, t, hidden), and the weights (b, t, 1, variables)."
+        def each(module: str, values: str) -> Tensor:       # (variables, ...)
+            return torch.stack([getattr(self.single_variable_grns[n].get_submodule(module), values) for n in self.names])
+        def linear(z: Tensor, module: str) -> Tensor: return z @ each(module, 'weight').transpose(1, 2) + each(module, 'bias')[:, None]
+        def normed(z: Tensor, module: str) -> Tensor:
+            return F.layer_norm(z, z.shape[-1:]) * each(module, 'weight')[:, None] + each(module, 'bias')[:, None]
+        b, t, _ = x[self.names[0]].shape
+        seen = torch.cat([x[n] for n in self.names], -1).reshape(b * t, -1).T[..., None]
+        scale = [self.prescalers[n] for n in self.names]
+        wide = seen * torch.stack([s.weight.T for s in scale]) + torch.stack([s.bias for s in scale])[:, None]     # (variables, b t, continuous)
+        gated = F.glu(linear(self.dropout(linear(F.elu(linear(wide, 'fc1')), 'fc2')), 'gate_norm.glu.fc'), -1)
+        first, skip = self.single_variable_grns[self.names[0]], wide
+        if hasattr(first, 'resample_norm'):
+            stretch = first.resample_norm.resample(torch.eye(wide.shape[-1], device=wide.device))      # linear, so a matrix
+            skip = normed(wide @ stretch * torch.sigmoid(each('resample_norm', 'mask'))[:, None] * 2, 'resample_norm.norm')
+        out = normed(gated + skip, 'gate_norm.add_norm.norm')                                                     # (variables, b t, hidden)
+        weights = torch.softmax(self.flattened_grn(wide.transpose(0, 1).reshape(b, t, -1), context), -1)
+        return (out * weights.reshape(b * t, -1).T[..., None]).sum(0).reshape(b, t, -1), weights[..., None, :]
+
 class Tft(nn.Module):
     def __init__(self, form: Form, h: HParams):
         super().__init__()
@@ -98,6 +126,8 @@ class Tft(nn.Module):
             log_interval=-1, logging_metrics=nn.ModuleList([]))    # the default metrics cost time and mean nothing here
         self.net.ahead = form.ahead
         for lstm in (self.net.lstm_encoder, self.net.lstm_decoder): lstm.register_forward_pre_hook(_without_lengths, with_kwargs=True)
+        for side in ('encoder_variable_selection', 'decoder_variable_selection'):
+            if (slow := getattr(self.net, side)).num_inputs > 1: setattr(self.net, side, _Selection(slow))
         place = torch.zeros(len(form.known), k)    # puts the known features into their columns
         for i, at in enumerate(form.known_at): place[i, at] = 1
         self.register_buffer('place', place, persistent=False)
