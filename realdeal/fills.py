@@ -5,29 +5,102 @@ another program, because it judges."""
 
 # %% ../nbs/31_fills.ipynb #70ae7045
 from __future__ import annotations
-from .settings import Costs
-from .types import Bar, Fill, Intent, Liquidity
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+import polars as pl
+from .orders import round_down
+from .settings import Costs, Settings
+from .types import Fill, Intent, MarketRules
 
 # %% auto #0
-__all__ = ['taker_price', 'taker_fill', 'maker_fill']
+__all__ = ['Met', 'Terms', 'terms_of', 'conditions', 'taker_price', 'quote_price', 'traded_through', 'meet', 'is_over', 'Working']
+
+# %% ../nbs/31_fills.ipynb #669aebe4
+class Met(NamedTuple):
+    """A minute. `before`: the last price before it; prices in quote, `volume` in base, 0 in a halt or where the venue has no such minute; `half_spread`: fraction of the
+    price; `day_sigma`, `day_volume`: volatility of a day (fraction) and volume (base) of the 24 hours before it."""
+    before: float
+    open: float
+    high: float
+    low: float
+    volume: float
+    half_spread: float
+    day_sigma: float
+    day_volume: float
+
+class Terms(NamedTuple):
+    "How orders of one symbol are executed and what they cost: fractions of the price; `lot` in base, `tick` in quote; `patience`, `latency` in minutes."
+    maker: bool
+    patience: int
+    take: bool
+    latency: int
+    maker_fee: float
+    taker_fee: float
+    slippage: float
+    impact: float
+    participation: float
+    margin: float
+    lot: float
+    tick: float
+    spot: bool
+
+def terms_of(s: Settings, rules: MarketRules) -> Terms:
+    o, c = s.orders, s.costs
+    return Terms(o.execution == 'maker', o.patience, o.then == 'take', o.latency, c.maker_fee, c.taker_fee, c.slippage, c.impact, c.participation, c.margin, rules.lot, rules.tick, o.market == 'spot')
+
+# %% ../nbs/31_fills.ipynb #94761229
+def conditions(minutes: pl.DataFrame, c: Costs) -> pl.DataFrame:
+    "Dense minutes with half_spread, day_sigma and day_volume, see `Met`; the latter two are 0 in the first hour and where no setting asks for them."
+    sigma = pl.col('close').log().diff().rolling_std(1440, min_samples=60).shift(1).fill_null(0.0) if c.spread_vol or c.impact else pl.lit(0.0)
+    volume = pl.col('volume').rolling_sum(1440, min_samples=60).shift(1).fill_null(0.0) if c.impact else pl.lit(0.0)
+    return minutes.with_columns(volume=pl.when(pl.col('origin') == 'synthetic').then(0.0).otherwise(pl.col('volume'))).with_columns(
+        day_sigma=sigma * math.sqrt(1440), day_volume=volume, half_spread=pl.max_horizontal(pl.lit(c.half_spread), c.spread_vol * sigma))
 
 # %% ../nbs/31_fills.ipynb #0606fefe
-def taker_price(open_price: float, sign: int, c: Costs) -> float:
-    "Price paid (sign 1) or got (sign -1) by a market order at `open_price`."
-    return open_price * (1 + sign * (c.half_spread + c.slippage))
-
-def taker_fill(intent: Intent, bar: Bar, c: Costs) -> Fill | None:
-    "The fill of a market order in the bar that opens at the time of its decision; None when that bar is synthetic."
-    if bar.is_synthetic: return None
-    return _fill(intent, taker_price(bar.open, intent.sign, c), bar.time, c.taker_fee, 'taker')
-
-def _fill(i: Intent, price: float, time: int, fee: float, liquidity: Liquidity) -> Fill:
-    return Fill(i.client_id, i.symbol, i.side, i.amount, price, i.amount * price * fee, time, liquidity, trade_id=f'{i.client_id}-{time}')
+def taker_price(sign: int, amount: float, m: Met, t: Terms) -> float:
+    "Price paid (sign 1) or got (sign -1) for `amount` by a market order at the minute's open."
+    moved = t.impact * m.day_sigma * math.sqrt(amount / m.day_volume) if m.day_volume > 0.0 else 0.0
+    return m.open * (1.0 + sign * (m.half_spread + t.slippage + moved))
 
 # %% ../nbs/31_fills.ipynb #cf6d2573
-def maker_fill(intent: Intent, bar: Bar, c: Costs, margin: float = 0.0) -> Fill | None:
-    "The fill of a limit order that rested before `bar`, or None. `margin`: fraction of the price to trade through."
-    assert intent.price is not None, 'a maker order has a price'
-    if bar.is_synthetic: return None
-    through = bar.low < intent.price * (1 - margin) if intent.sign > 0 else bar.high > intent.price * (1 + margin)
-    return _fill(intent, intent.price, bar.time, c.maker_fee, 'maker') if through else None
+def quote_price(sign: int, m: Met, t: Terms) -> float:
+    "The price at which a maker buys (sign 1) or sells (sign -1) in the minute."
+    steps = m.before * (1.0 - sign * m.half_spread) / t.tick
+    return round((math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9)) * t.tick, 12)
+
+def traded_through(sign: int, price: float, m: Met, t: Terms) -> bool:
+    "Whether the market went past a resting order by the margin."
+    return m.low < price * (1.0 - t.margin) if sign > 0 else m.high > price * (1.0 + t.margin)
+
+# %% ../nbs/31_fills.ipynb #6c3574e2
+def meet(sign: int, left: float, age: int, cash: float, m: Met, t: Terms) -> tuple[float, float, float, bool]:
+    "Amount (base), price (quote), fee (quote) and whether as a maker, of an order of which `left` is left, in its minute number `age`; amount 0: nothing."
+    resting = t.maker and age < t.patience
+    if m.volume <= 0.0 or (t.maker and not resting and not t.take): return 0.0, 0.0, 0.0, resting
+    amount = round_down(min(left, t.participation * m.volume), t.lot)
+    price = quote_price(sign, m, t) if resting else taker_price(sign, amount, m, t)
+    if resting and not traded_through(sign, price, m, t): return 0.0, 0.0, 0.0, resting
+    fee = t.maker_fee if resting else t.taker_fee
+    if t.spot and sign > 0: amount = min(amount, round_down(max(0.0, cash) / (price * (1.0 + fee)), t.lot))
+    return amount, price, amount * price * fee, resting
+
+def is_over(left: float, age: int, t: Terms) -> bool:
+    "Whether nothing more will come of an order, `age` minutes after it began; the next decision ends it in any case."
+    return left < t.lot / 2 or (t.maker and not t.take and age >= t.patience)
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    "An order at work: what is `left` of it (base), and how many minutes it has met."
+    intent: Intent
+    left: float
+    age: int = 0
+
+    def meet(self, time: int, cash: float, m: Met, t: Terms) -> tuple[Working, Fill | None]:
+        "The order after the minute at `time` (ms), and what it got there."
+        i = self.intent
+        amount, price, fee, maker = meet(i.sign, self.left, self.age, cash, m, t)
+        after = replace(self, left=round(self.left - amount, 12), age=self.age + 1)
+        return after, Fill(i.client_id, i.symbol, i.side, amount, price, fee, time, 'maker' if maker else 'taker', f'{i.client_id}-{time}') if amount > 0 else None
+
+    def over(self, t: Terms) -> bool: return is_over(self.left, self.age, t)

@@ -5,13 +5,13 @@
 # %% ../nbs/30_orders.ipynb #3bacc149
 from __future__ import annotations
 import hashlib, math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from .settings import Settings
-from .types import Account, BuySell, Decision, Intent, MarketRules, Order, OrderStatus, Refused
+from .types import Account, BuySell, Decision, Intent, MarketRules, Order, OrderKind, OrderStatus, Refused
 
 # %% auto #0
-__all__ = ['client_id', 'round_down', 'plan', 'advance']
+__all__ = ['client_id', 'round_down', 'wanted', 'plan', 'advance']
 
 # %% ../nbs/30_orders.ipynb #e905d33f
 def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, attempt: int = 0) -> str:
@@ -26,28 +26,36 @@ def round_down(x: float, step: float) -> float:
 # Kept back from purchases for fees, spread and the price's move until the fill.
 _CASH_MARGIN = 0.005
 
+def wanted(targets: Sequence[float], held: Sequence[float], prices: Sequence[float], lots: Sequence[float], least: Sequence[float], cash: float, equity: float, band: float, spot: bool) -> list[float]:
+    """Signed amounts (base) to trade, one a symbol: from `held` (base) to the weights `targets` of `equity` at `prices` (quote), `least` being the least notional.
+
+    On `spot` all purchases together cost no more than `cash` and the sales bring. Plain numbers and loops: the backtest's sweep compiles these very lines."""
+    out, spend, budget = [0.0] * len(targets), 0.0, cash
+    for j in range(len(targets)):
+        # A position below the least notional is dust: it cannot be sold, so it counts as none.
+        closing = targets[j] == 0.0 and abs(held[j]) * prices[j] >= least[j]
+        if not closing and abs(targets[j] - held[j] * prices[j] / equity) < max(band, 1e-12): continue
+        out[j] = -held[j] if closing else targets[j] * equity / prices[j] - held[j]
+        if out[j] > 0.0: spend += out[j] * prices[j]
+        else: budget -= out[j] * prices[j]
+    share = min(1.0, max(0.0, budget * (1.0 - _CASH_MARGIN)) / spend) if spot and spend > 0.0 else 1.0
+    for j in range(len(targets)):
+        amount = round_down(abs(out[j]) * (share if out[j] > 0.0 else 1.0), lots[j])
+        out[j] = 0.0 if amount * prices[j] < least[j] else amount if out[j] > 0.0 else -amount
+    return out
+
 def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapping[str, MarketRules], s: Settings, name: str = 'main', attempt: int = 0) -> list[Intent]:
-    "Market orders that bring `account` to the targets of `d` at `prices` (quote), sales first."
-    equity = account.equity(prices)
-    wanted: dict[str, float] = {}
-    for symbol, target in d.targets.items():
-        price, rule, held = prices[symbol], rules[symbol], account.positions.get(symbol, 0.0)
-        weight = held * price / equity
-        # A position below one lot or the least notional is dust: it cannot be sold, so it counts as none.
-        closing = target == 0 and abs(held) * price >= rule.min_notional
-        if not closing and abs(target - weight) < max(s.strategy.band, 1e-12): continue
-        delta = -held if closing else target * equity / price - held
-        wanted[symbol] = delta
-    spend = sum(v * prices[x] for x, v in wanted.items() if v > 0)
-    budget = (account.cash - sum(v * prices[x] for x, v in wanted.items() if v < 0)) * (1 - _CASH_MARGIN)
-    share = min(1.0, max(0.0, budget) / spend) if spend > 0 else 1.0
-    intents = []
-    for symbol, delta in wanted.items():
-        side: BuySell = 'buy' if delta > 0 else 'sell'
-        amount = round_down(abs(delta) * (share if delta > 0 else 1.0), rules[symbol].lot)
-        if amount == 0 or amount * prices[symbol] < rules[symbol].min_notional: continue
-        intents.append(Intent(client_id(name, s.live.stage, symbol, d.time, 0, attempt), symbol, side, amount, d.time, attempt=attempt))
-    return sorted(intents, key=lambda i: (i.side == 'buy', i.symbol))
+    "Orders that bring `account` to the targets of `d` at `prices` (quote), sales first."
+    if not d.targets: return []
+    symbols, spot = tuple(d.targets), s.orders.market == 'spot'
+    held = [account.positions.get(x, 0.0) for x in symbols]
+    amounts = wanted(list(d.targets.values()), held, [prices[x] for x in symbols], [rules[x].lot for x in symbols], [rules[x].min_notional for x in symbols],
+        account.cash, account.equity(prices), s.strategy.band, spot)
+    kind: OrderKind = 'market' if s.orders.execution == 'taker' else 'limit'
+    def intent(symbol: str, amount: float) -> Intent:
+        side: BuySell = 'buy' if amount > 0 else 'sell'
+        return Intent(client_id(name, s.live.stage, symbol, d.time, 0, attempt), symbol, side, abs(amount), d.time, kind, attempt=attempt)
+    return sorted((intent(x, a) for x, a in zip(symbols, amounts, strict=True) if a), key=lambda i: (i.side == 'buy', i.symbol))
 
 # %% ../nbs/30_orders.ipynb #9bd08ac4
 _NEXT: dict[OrderStatus, dict[str, OrderStatus]] = {

@@ -8,7 +8,7 @@ import configparser, hashlib, json, os, subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from .types import BadSetting, slug
 
 # %% auto #0
@@ -50,6 +50,11 @@ class Data(Section):
 
 class Orders(Section):
     venue: str = 'mexc'
+    market: Literal['spot', 'perpetual'] = 'spot'
+    execution: Literal['taker', 'maker'] = 'taker'
+    patience: Count = 10
+    then: Literal['give up', 'take'] = 'give up'
+    latency: Annotated[int, Field(ge=0)] = 0
 
 class Strategy(Section):
     decision_every: Annotated[int, Field(ge=15, le=1440, multiple_of=15)] = 15
@@ -65,7 +70,11 @@ class Costs(Section):
     maker_fee: Annotated[float, Field(ge=-0.01, le=0.05)] = 0.0
     taker_fee: Annotated[float, Field(ge=0, le=0.05)] = 0.0005
     half_spread: Annotated[float, Field(ge=0, le=0.05)] = 0.00005
+    spread_vol: Annotated[float, Field(ge=0, le=10)] = 0.0
     slippage: Annotated[float, Field(ge=0, le=0.05)] = 0.00005
+    impact: Annotated[float, Field(ge=0, le=10)] = 0.0
+    participation: Annotated[float, Field(gt=0, le=1)] = 0.1
+    margin: Annotated[float, Field(ge=0, le=0.05)] = 0.00005
 
     @property
     def round_trip(self) -> float: return 2 * (self.taker_fee + self.half_spread + self.slippage)
@@ -126,6 +135,13 @@ class Settings(Section):
     run: Run = Run()
     home: Path = Path('.')
 
+    @model_validator(mode='after')
+    def _together(self) -> Settings:
+        o, every = self.orders, self.strategy.decision_every
+        if self.strategy.allow_short and o.market == 'spot': raise ValueError('[strategy] allow_short: spot cannot be sold short; set [orders] market = perpetual')
+        if o.latency + (o.patience if o.execution == 'maker' else 0) >= every: raise ValueError(f'[orders] latency and patience: an order must be over before the next decision, {every} minutes later')
+        return self
+
     @property
     def data_dir(self) -> Path: return self.home / self.paths.data
     @property
@@ -152,6 +168,7 @@ def _validate(values: Mapping[str, Any], where: str) -> Settings:
     try: return Settings.model_validate(values)
     except ValidationError as e:
         first = e.errors()[0]
+        if not first['loc']: raise BadSetting(f'{where}: {first["ctx"]["error"]}') from None
         section, *key = [str(p) for p in first['loc']]
         key = key[:1]
         rule = {'extra_forbidden': 'no such key', 'value_error': str(first.get('ctx', {}).get('error', first['msg']))}.get(first['type'], first['msg'])
@@ -184,6 +201,14 @@ def find_settings(start: Path | None = None) -> Path:
         if (d / 'settings.ini').is_file(): return d / 'settings.ini'
     raise BadSetting(f'settings.ini: not found in {here} or above it; give --settings PATH')
 
+def _pick_costs(values: dict[str, Any], where: str) -> None:
+    "Lay the section [costs VENUE] of the orders' venue over [costs]; those of other venues are checked and left."
+    venue = values.get('orders', {}).get('venue', Orders().venue)
+    for name in [n for n in values if n.startswith('costs ')]:
+        own = values.pop(name)
+        _validate({'costs': own}, f'{where}: [{name}]')
+        if name == f'costs {venue}': values['costs'] = {**values.get('costs', {}), **own}
+
 def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None = None) -> Settings:
     "`settings.ini` at `path` (default: found upwards from here) with the overrides of `env` (default: this process's)."
     file = Path(path).resolve() if path else find_settings()
@@ -191,6 +216,7 @@ def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None 
     try: ini.read_string(file.read_text())
     except (OSError, configparser.Error, UnicodeDecodeError) as e: raise BadSetting(f'{file.name}: cannot be read: {str(e).splitlines()[0]}') from None
     values: dict[str, Any] = {s: dict(ini[s]) for s in ini.sections()}
+    _pick_costs(values, file.name)
     base = _validate({**values, 'home': file.parent}, file.name)
     over = _from_env(os.environ if env is None else env)
     for (section, key), text in over.items(): values.setdefault(section, {})[key] = text
@@ -198,7 +224,7 @@ def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None 
     for section, key in over:
         if section not in ('risk', 'costs'): continue
         new, old = (getattr(getattr(x, section), key) for x in (made, base))
-        if new < old if section == 'costs' or key == 'cooldown' else new > old:
+        if new < old if (section == 'costs' and key != 'participation') or key == 'cooldown' else new > old:
             raise BadSetting(f'environment {_ENV}{section.upper()}_{key.upper()} = {over[section, key]}: settings.ini says {old}; there a limit may only be tightened and a cost only be raised')
     return made
 
