@@ -19,8 +19,8 @@ from .store import dense
 from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Signal, Snapshot, as_dict, settle
 
 # %% auto #0
-__all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'work', 'accounts', 'vectorbt_accounts', 'Result', 'costs_of', 'backtest',
-           'result_of', 'parity']
+__all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'settlements', 'work', 'accounts', 'vectorbt_accounts', 'Result',
+           'costs_of', 'backtest', 'result_of', 'parity']
 
 # %% ../nbs/33_backtest.ipynb #74eed4e5
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFr
     seen = quotes.group_by(time=pl.col('time') // MINUTE * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #f8e93131
+# %% ../nbs/33_backtest.ipynb #07fcb247
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
@@ -77,7 +77,7 @@ def fold(p: Panel, signals: Sequence[Signal], t: Tape, rules: Mapping[str, Marke
     by_time: dict[int, list[int]] = {}
     for row, time in enumerate(p.times.tolist()): by_time.setdefault(time, []).append(row)
     every, state, steps, minutes = s.strategy.decision_every * MINUTE, State(), [], len(t.times)
-    terms, due = {x: terms_of(s, rules[x]) for x in t.symbols}, _due(t, funding or {}) if s.orders.market == 'perpetual' else []
+    terms, due = {x: terms_of(s, rules[x]) for x in t.symbols}, settlements(t, funding or {})[::-1] if s.orders.market == 'perpetual' else []
     for time in sorted(by_time):
         if time % every or len(by_time[time]) < len(p.symbols) or not t.times[0] <= time <= t.times[-1]: continue
         rows = by_time[time]
@@ -87,10 +87,10 @@ def fold(p: Panel, signals: Sequence[Signal], t: Tape, rules: Mapping[str, Marke
         steps.append(Step(snap, decision, tuple(fills), tuple(paid)))
     return steps
 
-def _due(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int, int, float]]:
-    "(minute, symbol, rate) of every settlement on the tape, the latest first."
+def settlements(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int, int, float]]:
+    "(minute, symbol, rate) of every settlement on the tape, in order."
     all_of = [(t.at(time), j, rate) for j, x in enumerate(t.symbols) if x in funding for time, rate in funding[x].select('time', 'rate').iter_rows()]
-    return sorted((x for x in all_of if 0 <= x[0] < len(t.times)), reverse=True)
+    return sorted(x for x in all_of if 0 <= x[0] < len(t.times))
 
 def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]]) -> tuple[Account, list[Fill], list[Payment]]:
     "Orders at work in the minutes [now, until) of the tape: the account afterwards, fills, and the funding that is taken from `due`."
@@ -219,7 +219,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #f9ede492
+# %% ../nbs/33_backtest.ipynb #15860c82
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

@@ -7,11 +7,12 @@ from __future__ import annotations
 import hashlib, math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+import numpy as np
 from .settings import Settings
 from .types import Account, BuySell, Decision, Intent, MarketRules, Order, OrderKind, OrderStatus, Refused
 
 # %% auto #0
-__all__ = ['client_id', 'round_down', 'wanted', 'plan', 'advance']
+__all__ = ['Numbers', 'client_id', 'round_down', 'wanted', 'plan', 'advance']
 
 # %% ../nbs/30_orders.ipynb #e905d33f
 def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, attempt: int = 0) -> str:
@@ -23,10 +24,12 @@ def round_down(x: float, step: float) -> float:
     "The largest multiple of `step` that is not above `x`, free of binary dust."
     return round(math.floor(x / step + 1e-9) * step, 12)
 
+Numbers = Sequence[float] | np.ndarray
+
 # Kept back from purchases for fees, spread and the price's move until the fill.
 _CASH_MARGIN = 0.005
 
-def wanted(targets: Sequence[float], held: Sequence[float], prices: Sequence[float], lots: Sequence[float], least: Sequence[float], cash: float, equity: float, band: float, spot: bool) -> list[float]:
+def wanted(targets: Numbers, held: Numbers, prices: Numbers, lots: Numbers, least: Numbers, cash: float, equity: float, band: float, spot: bool) -> list[float]:
     """Signed amounts (base) to trade, one a symbol: from `held` (base) to the weights `targets` of `equity` at `prices` (quote), `least` being the least notional.
 
     On `spot` all purchases together cost no more than `cash` and the sales bring. Plain numbers and loops: the backtest's sweep compiles these very lines."""
