@@ -327,7 +327,7 @@ class Drift(_Told):
 
 class Card(_Told):
     """A model's card. blocks: (name, first day, last day); horizon: minutes ahead; score: of the test block; control: the score of the same model trained on shuffled labels;
-    trials: (number, loss, state); seeds: (seed, loss on select, accuracy on select); features: (name, meaning, weight), where `importance` says what the weight is; attention: (lag in rows, weight);
+    trials: (number, loss, state); overfitting: what CSCV says of having chosen the best of them; seeds: (seed, loss on select, accuracy on select); features: (name, meaning, weight), where `importance` says what the weight is; attention: (lag in rows, weight);
     reliability: (mean p, observed, rows); coverage: (share of rows, accuracy, net bp a row), drawn afterwards; thresholds: of the test block, fixed before it; history: for each network the losses of each epoch by name; rivals, promises, drift: on the test block;
     shap: what `explain` told; audit: None: not audited."""
     name: str
@@ -344,6 +344,7 @@ class Card(_Told):
     thresholds: tuple[AtThreshold, ...] | None = None
     months: tuple[Month, ...] | None = None
     trials: tuple[tuple[int, float | None, str], ...] | None = None
+    overfitting: dict[str, float] | None = None
     seeds: tuple[tuple[int, float, float], ...] | None = None
     features: tuple[Row, ...] | None = None
     importance: str = 'mean |SHAP|'

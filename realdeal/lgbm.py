@@ -5,12 +5,12 @@ of its own, calibration, and an artefact of plain data."""
 
 # %% ../nbs/24_lgbm.ipynb #c6f0f34f
 from __future__ import annotations
-import io, logging, os, warnings
+import io, logging, math, os, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 import joblib, lightgbm as lgb, numpy as np, optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
@@ -23,11 +23,11 @@ from .provenance import sha256
 from .scores import Calibration, fit_calibration, log_loss, thresholds_of
 from .settings import Settings
 from .splits import Blocks
-from .types import BadData
+from .types import DAY, BadData
 
 # %% auto #0
-__all__ = ['FIXED', 'BATCH', 'Material', 'take', 'prepare', 'grow', 'space', 'Told', 'run_study', 'open_study', 'LgbmResult',
-           'fit_lgbm', 'raw_score', 'calibrate', 'lgbm_bytes']
+__all__ = ['FIXED', 'BATCH', 'SAVED', 'Material', 'take', 'prepare', 'Grown', 'grow', 'space', 'Told', 'run_study', 'open_study',
+           'LgbmResult', 'fit_lgbm', 'raw_score', 'calibrate', 'lgbm_bytes']
 
 # %% ../nbs/24_lgbm.ipynb #9f1c50d7
 FIXED = {'verbosity': -1, 'num_threads': 1, 'deterministic': True, 'force_row_wise': True, 'feature_pre_filter': False, 'max_bin': 127, 'bagging_freq': 1, 'learning_rate': 0.05}
@@ -57,27 +57,35 @@ def prepare(folder: Path, p: Panel, labels: Labels, b: Blocks) -> Material:
         for n, d in (('train', train), ('stop', stop)):
             (folder / f'{n}.bin').unlink(missing_ok=True)
             d.construct().save_binary(str(folder / f'{n}.bin'))
-        with (folder / 'select.part').open('wb') as f: np.savez(f, X=p.X[at['select']], y=labels.y[at['select']])
+        with (folder / 'select.part').open('wb') as f: np.savez(f, X=p.X[at['select']], y=labels.y[at['select']], day=p.times[at['select']] // DAY)
         os.replace(folder / 'select.part', folder / 'select.npz')
     return Material(folder, goal, len(at['train']))
 
 @lru_cache(maxsize=1)
-def _load(folder: Path) -> tuple[lgb.Dataset, lgb.Dataset, np.ndarray, np.ndarray]:
+def _load(folder: Path) -> tuple[lgb.Dataset, lgb.Dataset, np.ndarray, np.ndarray, np.ndarray]:
     train = lgb.Dataset(str(folder / 'train.bin'), params=FIXED, free_raw_data=False).construct()
     stop = lgb.Dataset(str(folder / 'stop.bin'), reference=train, params=FIXED, free_raw_data=False).construct()
-    with np.load(folder / 'select.npz') as z: return train, stop, z['X'], z['y']
+    with np.load(folder / 'select.npz') as z: return train, stop, z['X'], z['y'], z['day']
 
 # %% ../nbs/24_lgbm.ipynb #dd39fc64
-def grow(m: Material, params: Mapping[str, Any], s: Settings, seed: int, *callbacks: Any) -> tuple[lgb.Booster, float]:
-    "The booster of these parameters, stopped early, and its loss on the select block."
-    train, stop, X, y = _load(m.folder)
+class Grown(NamedTuple):
+    "A booster, its loss on the select block, and what it saved there on each day against saying nothing (nats, or squared error)."
+    booster: lgb.Booster
+    loss: float
+    saved: np.ndarray
+
+def grow(m: Material, params: Mapping[str, Any], s: Settings, seed: int, *callbacks: Any) -> Grown:
+    "The booster of these parameters, stopped early."
+    train, stop, X, y, day = _load(m.folder)
     objective, metric = _GOALS[m.goal]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         booster = lgb.train({**FIXED, **params, 'objective': objective, 'metric': metric, 'seed': seed}, train, s.model.rounds, valid_sets=[stop], valid_names=['stop'],
             callbacks=[lgb.early_stopping(s.model.early_stopping, verbose=False), *callbacks])
     said = np.asarray(booster.predict(X))
-    return booster, log_loss(said, y) if m.goal == 'binary' else float(np.mean((y - said) ** 2))
+    saved = math.log(2) + np.where(y > 0, np.log(said), np.log1p(-said)) if m.goal == 'binary' else y ** 2 - (y - said) ** 2
+    _, of = np.unique(day, return_inverse=True)
+    return Grown(booster, log_loss(said, y) if m.goal == 'binary' else float(np.mean((y - said) ** 2)), np.bincount(of, saved) / np.bincount(of))
 
 def space(rows: int) -> dict[str, BaseDistribution]:
     "What the study chooses. The learning rate is fixed: only then do two trials' curves say at one round which is better, which is what pruning compares."
@@ -86,13 +94,14 @@ def space(rows: int) -> dict[str, BaseDistribution]:
         'bagging_fraction': FloatDistribution(0.4, 1.0), 'lambda_l2': FloatDistribution(1e-2, 100.0, log=True)}
 
 # %% ../nbs/24_lgbm.ipynb #b44edd50
-BATCH = 4
+BATCH, SAVED = 4, 'saved'
 
 @dataclass(frozen=True)
 class Told:
-    "What became of a trial: the loss on the stop block by round, and the loss on the select block, None when it was pruned."
+    "What became of a trial: the loss on the stop block by round, and on the select block the loss, None when it was pruned, and what it saved on each day."
     curve: dict[int, float]
     value: float | None
+    saved: tuple[float, ...] = ()
 
 def _pruner() -> optuna.pruners.BasePruner: return optuna.pruners.PercentilePruner(25.0, n_startup_trials=8, n_warmup_steps=14, interval_steps=5)
 
@@ -102,9 +111,10 @@ def _try(m: Material, params: dict[str, Any], before: Sequence[FrozenTrial], s: 
     study = optuna.create_study(pruner=_pruner() if prune else optuna.pruners.NopPruner())
     study.add_trials(before)
     trial = study.ask()
-    try: value: float | None = grow(m, params, s, s.run.seed, LightGBMPruningCallback(trial, _GOALS[m.goal][1], valid_name='stop', report_interval=5))[1]
-    except optuna.TrialPruned: value = None
-    return Told(dict(study.get_trials(deepcopy=False)[-1].intermediate_values), value)
+    try: grown = grow(m, params, s, s.run.seed, LightGBMPruningCallback(trial, _GOALS[m.goal][1], valid_name='stop', report_interval=5))
+    except optuna.TrialPruned: grown = None
+    curve = dict(study.get_trials(deepcopy=False)[-1].intermediate_values)
+    return Told(curve, grown.loss, tuple(round(float(x), 8) for x in grown.saved)) if grown else Told(curve, None)
 
 def run_study(study: optuna.Study, m: Material, s: Settings, say: Callable[[str], None] = print, prune: bool = True) -> None:
     "Bring `study` to [model] trials."
@@ -134,6 +144,7 @@ def _ask(study: optuna.Study, choices: dict[str, BaseDistribution], number: int,
 
 def _tell(study: optuna.Study, trial: optuna.Trial, x: Told) -> None:
     for step, loss in x.curve.items(): trial.report(loss, step)
+    if x.saved: trial.set_user_attr(SAVED, x.saved)
     study.tell(trial, x.value, TrialState.PRUNED if x.value is None else TrialState.COMPLETE)
 
 def _plain(t: FrozenTrial) -> FrozenTrial:
@@ -161,7 +172,8 @@ def open_study(file: Path, name: str) -> optuna.Study:
 class LgbmResult:
     """The best model as LightGBM text, its calibration, its thresholds as (coverage, confidence), and what the training told.
 
-    trials: (number, loss on the select block, state); seeds: (seed, loss on select, accuracy on select); control: a booster of shuffled labels.
+    trials: (number, loss on the select block, state); seeds: (seed, loss on select, accuracy on select); control: a booster of shuffled labels;
+    saved: (days of the select block, trials that were not pruned), see `Grown`.
     """
     booster: str
     calibration: Calibration
@@ -171,6 +183,7 @@ class LgbmResult:
     seeds: tuple[tuple[int, float, float], ...]
     names: tuple[str, ...]
     control: str
+    saved: np.ndarray
 
 def fit_lgbm(p: Panel, labels: Labels, b: Blocks, s: Settings, folder: Path, say: Callable[[str], None] = print) -> LgbmResult:
     "Tune, grow, calibrate. Files of the work go below `folder`; a study that is there already goes on."
@@ -182,10 +195,10 @@ def fit_lgbm(p: Panel, labels: Labels, b: Blocks, s: Settings, folder: Path, say
     up = direction(labels.forward[take(p, labels, b, 'select')]) == 1
     grown = [grow(m, params, s, s.run.seed + i) for i in range(s.model.seeds)]
     middle = 0.5 if m.goal == 'binary' else 0.0
-    seeds = tuple((s.run.seed + i, loss, float(((np.asarray(g.predict(X)) > middle) == up).mean())) for i, (g, loss) in enumerate(grown))
-    booster = _text(grown[0][0])
+    seeds = tuple((s.run.seed + i, g.loss, float(((np.asarray(g.booster.predict(X)) > middle) == up).mean())) for i, g in enumerate(grown))
+    booster, saved = _text(grown[0].booster), [t.user_attrs[SAVED] for t in study.trials if SAVED in t.user_attrs]
     calibration, thresholds = calibrate(booster, p, labels, b)
-    return LgbmResult(booster, calibration, thresholds, params, tuple((t.number, t.value if t.state is TrialState.COMPLETE else None, t.state.name) for t in study.trials), seeds, p.names, _control(m, params, s, p, labels, b))
+    return LgbmResult(booster, calibration, thresholds, params, tuple((t.number, t.value if t.state is TrialState.COMPLETE else None, t.state.name) for t in study.trials), seeds, p.names, _control(m, params, s, p, labels, b), np.array(saved).T)
 
 def _text(booster: lgb.Booster) -> str: return str(booster.model_to_string(num_iteration=booster.best_iteration))
 
@@ -210,7 +223,7 @@ def _control(m: Material, params: Mapping[str, Any], s: Settings, p: Panel, labe
     rows = take(p, labels, b, 'train')
     mixed = np.random.default_rng(s.run.seed).permutation(labels.y[rows])
     data = lgb.Dataset(p.X[rows], mixed, feature_name=list(p.names), params=FIXED)
-    rounds = max(10, grow(m, params, s, s.run.seed)[0].best_iteration)
+    rounds = max(10, grow(m, params, s, s.run.seed).booster.best_iteration)
     return str(lgb.train({**FIXED, **params, 'objective': _GOALS[m.goal][0], 'seed': s.run.seed}, data, rounds).model_to_string())
 
 # %% ../nbs/24_lgbm.ipynb #0868db58

@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_training.ipynb #04b8fb4e
 from __future__ import annotations
-import json, math, shutil, tempfile
+import io, json, math, shutil, tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +20,7 @@ from .drift import WEEK, Reference, Stability
 from .ensemble import BLEND, DRIFT, FILES, SCORE, Blend, EnsemblePredictor, Member, SentimentMember, SequenceMember, blend_bytes, fit_blend, read_manifest, read_verified, save_models
 from .features import FEATURES, KNOWN, SEQUENCE, STEP, WARMUP_MINUTES, Panel
 from .labels import Labels, bars_of, break_even_table, check_break_even, direction, forward_return, make_labels, path_returns, scaled_return
+from .performance import overfitting
 from .plan import Job, code_hash, job_blocks, provenance_of, read_panel
 from .provenance import Places, Provenance, day, sha256
 from .scores import ASKED, AtThreshold, accuracy_line, by_month, by_threshold, coverage_curve, day_bootstrap, direction_score, ece, explain, log_loss, paired, past_return, reliability, side_score, suspicion, thresholds_of, triple
@@ -69,7 +70,16 @@ def _make_lgbm(p: Panel, labels: Labels, b: Blocks, s: Settings, work: Path, say
     losses = [x[1] for x in r.seeds]
     say(f'{len(losses)} seeds: loss {np.mean(losses):.5f} +- {np.std(losses):.5f}; calibrated by {r.calibration.kind}')
     return {'best_lgbm.pkl': lgbm_bytes(r, dict(provenance))}, {'params': r.params, 'trials': r.trials, 'seeds': r.seeds, 'thresholds': r.thresholds,
-        'control': r.control, 'calibration': {'method': r.calibration.kind, 'losses': dict(r.calibration.losses)}, 'shap': explain(shap, p.X[at], p.names, p.sigma[at], seed=s.run.seed)}
+        'control': r.control, 'overfitting': _luck(r.saved), 'calibration': {'method': r.calibration.kind, 'losses': dict(r.calibration.losses)}, 'shap': explain(shap, p.X[at], p.names, p.sigma[at], seed=s.run.seed)}
+
+# %% ../nbs/40_training.ipynb #fbac2d7e
+def _luck(saved: np.ndarray) -> dict[str, float] | None:
+    "The probability that choosing the best trial was overfitting, from what each trial saved on each day (days, trials); None when there is too little to say."
+    days, trials = saved.shape if saved.ndim == 2 else (0, 0)
+    blocks = min(16, days // 2 // 2 * 2)      # an even number, two days each at least
+    if trials < 2 or blocks < 4: return None
+    x = overfitting(saved, blocks)
+    return {'probability': x.probability, 'variants': float(x.variants), 'inside': x.best[0], 'outside': x.best[1], 'days': float(days), 'blocks': float(blocks)}
 
 # %% ../nbs/40_training.ipynb #b0c160ae
 def _make_tft(p: Panel, labels: Labels, b: Blocks, s: Settings, work: Path, say: Callable[[str], None], provenance: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -232,7 +242,7 @@ def verdict(job: Job) -> cards.Audited | None:
 def audit_passed(job: Job) -> bool: return (told := verdict(job)) is not None and told.passed
 
 # %% ../nbs/40_training.ipynb #a9c089da
-WALK, ARRAYS = 'walk_forward', ('prob', 'forward', 'last', 'times')
+WALK, ARRAYS = 'walk_forward', ('prob', 'forward', 'last', 'times', 'group')
 
 def walk(job: Job, first: int, until: int, every: int = 183, rolling: int | None = None) -> Path:
     "Walk from `first` to `until` (ms) in stretches of `every` days, learning from all earlier days or from the last `rolling`; the saved result."
@@ -248,6 +258,10 @@ def walk(job: Job, first: int, until: int, every: int = 183, rolling: int | None
         told.append(x := _stretch(job, p, labels, last, f, work))
         score = _score(job, x, thresholds_at(x['thresholds'], s.strategy.coverage))
         job.say(f'  {accuracy_line(score)} (all rows {score["accuracy_all"]:.1%}, base rate {score["base_rate"]:.1%}), net {score["net_bp"]:+.1f} bp')
+    pool = {k: np.concatenate([x[k] for x in told]) for k in ARRAYS} | {'at': np.concatenate([np.full(len(x['prob']), thresholds_at(x['thresholds'], s.strategy.coverage)) for x in told])}
+    buffer = io.BytesIO()
+    np.savez(buffer, **pool)
+    write_atomic(job.places.data / 'cards' / f'{WALK}.npz', buffer.getvalue())
     return cards.write_walk_forward(job.places.data / 'cards', _walked(job, origin, folds, told, rolling))
 
 def _stretch(job: Job, p: Panel, labels: Labels, last: np.ndarray, f: Fold, work: Path) -> dict[str, Any]:
@@ -261,7 +275,7 @@ def _stretch(job: Job, p: Panel, labels: Labels, last: np.ndarray, f: Fold, work
         q, mine = p.rows(seen), Labels(labels.y[seen], labels.ends[seen], labels.forward[seen])
         r = fit_lgbm(q, mine, b, job.s, file.with_suffix(''), lambda _: None)
         rows = np.flatnonzero(b.mask('test', q.times) & q.real)
-        arrays = (r.calibration.prob(raw_score(r.booster, q.X[rows])), mine.forward[rows], last[seen][rows], q.times[rows])
+        arrays = (r.calibration.prob(raw_score(r.booster, q.X[rows])), mine.forward[rows], last[seen][rows], q.times[rows], q.group[rows])
         told = {'rows': {n: int((b.mask(n, q.times, mine.ends) & q.real & np.isfinite(mine.y)).sum()) for n in (*LEARN, 'test')}, 'params': r.params, 'trials': len(r.trials),
             'loss': min(v for _, v, _ in r.trials if v is not None), 'thresholds': r.thresholds, **{k: v.tolist() for k, v in zip(ARRAYS, arrays, strict=True)}}
         write_atomic(file, json.dumps(told))
@@ -370,7 +384,7 @@ def _card(job: Job, name: str, known: Mapping[str, Any], x: Mapping[str, Any], t
         limits='Says nothing in a halt, nor on symbols, horizons or venues it has not learned. Its edge is small, and may be gone tomorrow.',
         params={k: v for k, v in t['params'].items() if k not in ('thresholds', 'losses')}, score=score, control=_control_score(job, t['control'], test, x) if 'control' in t else None, verdict65=triple(score, untouched=True),
         thresholds=tuple(by_threshold(*seen, [(c, v) for c, v in t['thresholds']], s.costs.round_trip, s.run.seed)), months=tuple(by_month(*seen, s.costs.round_trip, s.run.seed)),
-        trials=t.get('trials'), seeds=t.get('seeds'), shap=t.get('shap'), features=sorted(((k, meaning[k], float(v)) for k, v in weights.items()), key=lambda r: -r[2])[:20] or None,
+        trials=t.get('trials'), overfitting=t.get('overfitting'), seeds=t.get('seeds'), shap=t.get('shap'), features=sorted(((k, meaning[k], float(v)) for k, v in weights.items()), key=lambda r: -r[2])[:20] or None,
         importance='mean |SHAP|, log odds' if 'shap' in t else 'encoder weight', attention=[(float(i - len(t['attention']) + 1), float(w)) for i, w in enumerate(t['attention'])] if 'attention' in t else None,
         history=t.get('history'), reliability=reliability(x['prob'], y), coverage=coverage_curve(x['prob'], x['forward'], s.costs.round_trip),
         calibration=cards.Calibrated(**t['calibration'], ece_after=ece(x['prob'], y)) if t.get('calibration') else None,
