@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_training.ipynb #04b8fb4e
 from __future__ import annotations
-import io, json, math, shutil, tempfile
+import json, math, shutil, tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ from .scores import ASKED, AtThreshold, accuracy_line, by_month, by_threshold, c
 from .sequences import INTERVAL, columns_of
 from .settings import Settings
 from .splits import LEARN, LEAST_DAYS, Blocks, Fold, blocks, scattered, walk_forward
-from .store import write_atomic
+from .store import write_atomic, write_parquet
 from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Missing, NotWritten
 
 if TYPE_CHECKING: from realdeal.tft import HParams, SequenceModel
@@ -259,9 +259,7 @@ def walk(job: Job, first: int, until: int, every: int = 183, rolling: int | None
         score = _score(job, x, thresholds_at(x['thresholds'], s.strategy.coverage))
         job.say(f'  {accuracy_line(score)} (all rows {score["accuracy_all"]:.1%}, base rate {score["base_rate"]:.1%}), net {score["net_bp"]:+.1f} bp')
     pool = {k: np.concatenate([x[k] for x in told]) for k in ARRAYS} | {'at': np.concatenate([np.full(len(x['prob']), thresholds_at(x['thresholds'], s.strategy.coverage)) for x in told])}
-    buffer = io.BytesIO()
-    np.savez(buffer, **pool)
-    write_atomic(job.places.data / 'cards' / f'{WALK}.npz', buffer.getvalue())
+    write_parquet(job.places.data / 'cards' / f'{WALK}.parquet', pl.DataFrame(pool))
     return cards.write_walk_forward(job.places.data / 'cards', _walked(job, origin, folds, told, rolling))
 
 def _stretch(job: Job, p: Panel, labels: Labels, last: np.ndarray, f: Fold, work: Path) -> dict[str, Any]:
