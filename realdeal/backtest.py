@@ -57,7 +57,7 @@ def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFr
     seen = quotes.group_by(time=pl.col('time') // MINUTE * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #07fcb247
+# %% ../nbs/33_backtest.ipynb #8b0bde87
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
@@ -83,7 +83,9 @@ def fold(p: Panel, signals: Sequence[Signal], t: Tape, rules: Mapping[str, Marke
         rows = by_time[time]
         snap = snapshot(p, rows, [signals[r] for r in rows], account, s)
         state, decision = decide(state, snap, s)
-        account, fills, paid = work(plan(decision, account, snap.prices, rules, s), account, t, t.at(time), min(t.at(time + every), minutes), terms, due)
+        fills, paid = list[Fill](), list[Payment]()
+        intents = plan(decision, account, snap.prices, rules, s)
+        if intents or due: account = work(intents, account, t, t.at(time), min(t.at(time + every), minutes), terms, due, fills, paid)
         steps.append(Step(snap, decision, tuple(fills), tuple(paid)))
     return steps
 
@@ -92,9 +94,9 @@ def settlements(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int,
     all_of = [(t.at(time), j, rate) for j, x in enumerate(t.symbols) if x in funding for time, rate in funding[x].select('time', 'rate').iter_rows()]
     return sorted(x for x in all_of if 0 <= x[0] < len(t.times))
 
-def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]]) -> tuple[Account, list[Fill], list[Payment]]:
-    "Orders at work in the minutes [now, until) of the tape: the account afterwards, fills, and the funding that is taken from `due`."
-    at_work, fills, paid = [Working(i, i.amount) for i in intents], list[Fill](), list[Payment]()
+def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]], fills: list[Fill], paid: list[Payment]) -> Account:
+    "The account after orders were at work in the minutes [now, until) of the tape; what they got goes to `fills`, and funding is taken from the end of `due` and goes to `paid`."
+    at_work = [Working(i, i.amount) for i in intents]
     latency = terms[intents[0].symbol].latency if intents else 0
     i = now + latency
     while at_work and i < until:
@@ -107,7 +109,7 @@ def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: 
                 account = settle(account, fill)
         at_work, i = [w for w in at_work if not w.over(terms[w.intent.symbol])], i + 1
     while due and due[-1][0] < until: account = _pay(account, due.pop(), t, paid)
-    return account, fills, paid
+    return account
 
 def _pay(account: Account, due: tuple[int, int, float], t: Tape, paid: list[Payment]) -> Account:
     "Funding is settled on what is held when its minute opens, at the price of that moment."
@@ -219,7 +221,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #15860c82
+# %% ../nbs/33_backtest.ipynb #9dadb0c1
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

@@ -33,12 +33,13 @@ class State:
 # %% ../nbs/29_decide.ipynb #81cecf2e
 def snapshot(p: Panel, rows: Sequence[int], signals: Sequence[Signal], account: Account, s: Settings) -> Snapshot:
     "Snapshot of the panel's `rows` (one a symbol, all of one time) and their signals."
-    times = {int(p.times[r]) for r in rows}
-    if len(times) != 1: raise BadData(f'snapshot: rows of one time are needed, got {sorted(times)}')
-    names = [p.symbols[p.group[r]] for r in rows]
-    scale = (s.strategy.horizon * MINUTE / STEP) ** 0.5
-    return Snapshot(times.pop(), dict(zip(names, map(float, p.close[rows]), strict=True)),
-        {n: float(p.sigma[r]) * scale for n, r in zip(names, rows, strict=True)}, {x.symbol: x for x in signals}, account)
+    time, scale = int(p.times[rows[0]]), (s.strategy.horizon * MINUTE / STEP) ** 0.5
+    prices, sigma = dict[str, float](), dict[str, float]()
+    for r in rows:
+        if p.times[r] != time: raise BadData(f'snapshot: rows of one time are needed, got {sorted({int(p.times[k]) for k in rows})}')
+        name = p.symbols[p.group[r]]
+        prices[name], sigma[name] = float(p.close[r]), float(p.sigma[r]) * scale
+    return Snapshot(time, prices, sigma, {x.symbol: x for x in signals}, account)
 
 # %% ../nbs/29_decide.ipynb #98afbced
 def decide(state: State, snap: Snapshot, s: Settings) -> tuple[State, Decision]:
@@ -50,16 +51,15 @@ def decide(state: State, snap: Snapshot, s: Settings) -> tuple[State, Decision]:
     expires: dict[str, int] = {}
     reasons: dict[str, str] = {}
     for symbol, signal in snap.signals.items():
-        weights[symbol], expires[symbol], reasons[symbol] = (0.0, 0, f'out: {blocked}') if blocked else _target(state, snap, signal, s)
+        weights[symbol], expires[symbol], reasons[symbol] = (0.0, 0, f'out: {blocked}') if blocked else _target(state, snap, symbol, signal, s)
     targets = cap_gross(weights, s.risk.max_gross)
     return State(weights, expires, guard, snap.time), Decision(snap.time, targets, reasons)
 
-def _target(state: State, snap: Snapshot, signal: Signal, s: Settings) -> tuple[float, int, str]:
+def _target(state: State, snap: Snapshot, symbol: str, signal: Signal, s: Settings) -> tuple[float, int, str]:
     "Weight, expiry and reason for one symbol."
-    held, until = state.weights.get(signal.symbol, 0.0), state.expires.get(signal.symbol, 0)
-    horizon = s.strategy.horizon
     if signal.side != 'flat':
-        weight = wanted_weight(signal, snap.sigma.get(signal.symbol, 0.0), horizon, s.strategy)
-        return weight, snap.time + horizon * MINUTE, f'{signal.side}: {signal.reason}'
+        weight = wanted_weight(signal, snap.sigma.get(symbol, 0.0), s.strategy.horizon, s.strategy)
+        return weight, snap.time + s.strategy.horizon * MINUTE, f'{signal.side}: {signal.reason}'
+    held, until = state.weights.get(symbol, 0.0), state.expires.get(symbol, 0)
     if held and snap.time < until: return held, until, f'kept until its horizon ends: {signal.reason}'
     return 0.0, 0, f'flat: {signal.reason}'

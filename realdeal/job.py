@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
-from . import cards
+from . import cards, pages
 from .backtest import Result, backtest, parity, tape
 from .champions import hash_of, model_folder, promote
 from .emulator import emulator_process
@@ -188,12 +188,12 @@ def page_of(job: Job, name: str) -> Path:
     a, b = report_span(job)
     return job.places.reports / 'backtests' / f'{(b - a) // DAY}d_{name}.html'
 
-def _walk_page(job: Job) -> cards.Job:
-    return cards.Job(job.s.home / job.s.project.nbs_path / 'reports' / 'walk_forward.ipynb', job.places.reports / 'model_cards' / f'{WALK}.html', {'walk': str(job.places.data / 'cards' / f'{WALK}.json')}, job.s, job.source, text=True)
+def _walk_page(job: Job) -> pages.Report:
+    return pages.Report(job.s.home / job.s.project.nbs_path / 'reports' / 'walk_forward.ipynb', job.places.reports / 'model_cards' / f'{WALK}.html', {'walk': str(job.places.data / 'cards' / f'{WALK}.json')}, job.s, job.source, text=True)
 
 def draw_walk(job: Job) -> Path:
     "The page of the saved walk-forward."
-    return cards.execute_reports([_walk_page(job)], job.say)[0]
+    return pages.execute_reports([_walk_page(job)], job.say)[0]
 
 def draw(job: Job, symbols: Sequence[str] | None = None) -> list[Path]:
     "The reports of `symbols` (default: all of them, the portfolio, the cards and the walk-forward), drawn by papermill from what `judge` saved."
@@ -201,11 +201,11 @@ def draw(job: Job, symbols: Sequence[str] | None = None) -> list[Path]:
     for x in symbols or ():
         if x not in job.s.data.symbols: raise BadSetting(f'--symbol {x}: not one of {", ".join(job.s.data.symbols)}')
     names = [slug(x) for x in symbols] if symbols else ['portfolio', *map(slug, job.s.data.symbols)]
-    jobs = [cards.Job(here / 'backtest.ipynb', page_of(job, n), {'result': str(job.places.data / 'results'), 'name': n}, job.s, job.source, text=True) for n in names]
+    jobs = [pages.Report(here / 'backtest.ipynb', page_of(job, n), {'result': str(job.places.data / 'results'), 'name': n}, job.s, job.source, text=True) for n in names]
     if not symbols:
-        jobs += [cards.Job(here / 'model_card.ipynb', out / 'model_cards' / f'{f.stem}.html', {'card': str(f)}, job.s, job.source, text=True) for f in sorted((job.places.data / 'cards').glob('*.json')) if f.stem != WALK]
+        jobs += [pages.Report(here / 'model_card.ipynb', out / 'model_cards' / f'{f.stem}.html', {'card': str(f)}, job.s, job.source, text=True) for f in sorted((job.places.data / 'cards').glob('*.json')) if f.stem != WALK]
         if (job.places.data / 'cards' / f'{WALK}.json').exists(): jobs.append(_walk_page(job))
-    return cards.execute_reports(jobs, job.say)
+    return pages.execute_reports(jobs, job.say)
 
 # %% ../nbs/42_job.ipynb #117ecb0b
 def held(store: Store, symbol: str) -> tuple[int, int]:
@@ -222,11 +222,11 @@ def draw_quality(s: Settings, store: Store, symbols: Sequence[str] | None = None
     end = max(b for _, b in spans.values())
     since = ((end - 1) // DAY + 1 - days) * DAY
     now = int(time.time() * 1000) if key.source == 'exchange' else 0
-    def job(x: str) -> cards.Job:
+    def job(x: str) -> pages.Report:
         first = max(spans[x][0], since)
         told = {'store': store.root.resolve(), **key.model_dump(), 'symbol': x, 'start': first, 'end': end, 'now': now, 'origin': origin_of(s, store, [x], first, end).model_dump_json()}
-        return cards.Job(s.home / s.project.nbs_path / 'reports' / 'quality.ipynb', places(s, key.source).reports / 'quality' / f'{slug(x)}.html', told, s, key.source, f'{x}: data quality', text=True)
-    return cards.execute_reports([job(x) for x in spans], say)
+        return pages.Report(s.home / s.project.nbs_path / 'reports' / 'quality.ipynb', places(s, key.source).reports / 'quality' / f'{slug(x)}.html', told, s, key.source, f'{x}: data quality', text=True)
+    return pages.execute_reports([job(x) for x in spans], say)
 
 # %% ../nbs/42_job.ipynb #de9d941a
 def train_key(job: Job) -> str:

@@ -43,6 +43,7 @@ def wanted(targets: Numbers, held: Numbers, prices: Numbers, lots: Numbers, leas
         else: budget -= out[j] * prices[j]
     share = min(1.0, max(0.0, budget * (1.0 - _CASH_MARGIN)) / spend) if spot and spend > 0.0 else 1.0
     for j in range(len(targets)):
+        if out[j] == 0.0: continue
         amount = round_down(abs(out[j]) * (share if out[j] > 0.0 else 1.0), lots[j])
         out[j] = 0.0 if amount * prices[j] < least[j] else amount if out[j] > 0.0 else -amount
     return out
@@ -54,6 +55,7 @@ def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapp
     held = [account.positions.get(x, 0.0) for x in symbols]
     amounts = wanted(list(d.targets.values()), held, [prices[x] for x in symbols], [rules[x].lot for x in symbols], [rules[x].min_notional for x in symbols],
         account.cash, account.equity(prices), s.strategy.band, spot)
+    if not any(amounts): return []
     kind: OrderKind = 'market' if s.orders.execution == 'taker' else 'limit'
     def intent(symbol: str, amount: float) -> Intent:
         side: BuySell = 'buy' if amount > 0 else 'sell'

@@ -24,8 +24,8 @@ def wanted_weight(signal: Signal, sigma: float, horizon: int, s: Strategy) -> fl
 
 def cap_gross(weights: Mapping[str, float], max_gross: float) -> dict[str, float]:
     "Weights scaled down together so that their absolute sum is at most `max_gross`."
-    gross = sum(abs(w) for w in weights.values())
-    return {k: w * min(1.0, max_gross / gross) if gross else 0.0 for k, w in weights.items()}
+    gross = sum(map(abs, weights.values()))
+    return dict(weights) if gross <= max_gross else {k: w * max_gross / gross for k, w in weights.items()}
 
 # %% ../nbs/28_risk.ipynb #e679413a
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Guard:
         if time < g.blocked_until: return g
         # After a pause for a drawdown the peak is new, or it would trip for ever; a day's loss leaves the peak where it was.
         if g.reason: g = replace(g, peak=equity if g.fell else g.peak, reason='', fell=False)
-        g = replace(g, peak=max(g.peak, equity))
+        if equity > g.peak: g = replace(g, peak=equity)
         if equity <= g.peak * (1 - r.max_drawdown):
             return replace(g, blocked_until=time + r.cooldown * MINUTE, reason=f'drawdown {1 - equity / g.peak:.1%} from the peak', fell=True)
         if equity <= g.day_equity * (1 - r.max_daily_loss):

@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np, polars as pl
 from . import fills as rules_of_fills
 from . import orders
-from .backtest import Step, Tape, settlements
+from .backtest import Result, Step, Tape, accounts, fold, settlements
+from .features import Panel
 from .fills import Met, Terms, is_over, meet, terms_of
 from .orders import wanted
-from .performance import daily_returns, drawdown, sharpe
+from .performance import best_by_luck, closed_trades, daily_returns, deflated_sharpe, difference, drawdown, intervals, sharpe, shuffled_drawdowns, windows
 from .settings import Settings
-from .types import HOUR, MINUTE, MarketRules
+from .types import HOUR, MINUTE, Account, MarketRules, Signal
 
 # %% auto #0
-__all__ = ['FEES', 'SLIPPAGES', 'SPREADS', 'LATENCIES', 'Targets', 'targets_of', 'targets_at', 'Curve', 'Columns', 'Cell',
+__all__ = ['FEES', 'SLIPPAGES', 'SPREADS', 'LATENCIES', 'WAYS', 'Targets', 'targets_of', 'targets_at', 'Curve', 'Columns', 'Cell',
            'passes', 'grid', 'Outcome', 'outcome', 'sweep', 'break_even', 'trend_targets', 'hour_closes',
-           'hold_targets', 'rule_curve', 'canary']
+           'hold_targets', 'rule_curve', 'canary', 'inquire']
 
 # %% ../nbs/34_sensitivity.ipynb #672aabd8
 @dataclass(frozen=True)
@@ -136,9 +137,12 @@ def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, c
 # %% ../nbs/34_sensitivity.ipynb #3868a8c4
 FEES, SLIPPAGES, SPREADS, LATENCIES = (0.0, 0.0002, 0.0005, 0.001, 0.002), (0.0, 0.00005, 0.0001, 0.0002, 0.0005), (0.0, 1.0, 2.0, 5.0), (0, 1, 2, 5, 10)
 
-def grid() -> list[Cell]:
-    "500 cells: fee x slippage x spread x latency."
-    return [Cell(*x) for x in ((f, p, w, m) for f in FEES for p in SLIPPAGES for w in SPREADS for m in LATENCIES)]
+def grid(s: Settings, *, corners: bool = False) -> list[Cell]:
+    "500 cells: fee x slippage x spread x latency, fewer where an order would not be over before the next decision; or only the least and the most of each."
+    room = s.strategy.decision_every - (s.orders.patience if s.orders.execution == 'maker' else 0)
+    late = tuple(m for m in LATENCIES if m < room)
+    def step(axis: tuple[Any, ...]) -> int: return max(1, len(axis) - 1) if corners else 1
+    return [Cell(f, p, w, m) for f in FEES[::step(FEES)] for p in SLIPPAGES[::step(SLIPPAGES)] for w in SPREADS[::step(SPREADS)] for m in late[::step(late)]]
 
 @dataclass(frozen=True)
 class Outcome:
@@ -204,3 +208,42 @@ def canary(t: Tape, rules: Mapping[str, MarketRules], s: Settings) -> tuple[floa
     rises = (t.close[now + every - 1] > t.open[now]) / len(t.symbols)
     def ratio(weights: np.ndarray) -> float: return sweep(targets_at(t.times[now], weights, t), t, rules, free, [Cell(0.0, 0.0, 0.0)])[0].sharpe
     return ratio(rises), ratio(np.vstack([rises[:1] * 0, rises[:-1]]))
+
+# %% ../nbs/34_sensitivity.ipynb #4212f78f
+WAYS: Mapping[str, Mapping[str, Any]] = {'taker at the next open': {'execution': 'taker'}, 'maker, then given up': {'execution': 'maker', 'then': 'give up'}, 'maker, then taken': {'execution': 'maker', 'then': 'take'}}
+
+def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataFrame], rules: Mapping[str, MarketRules], s: Settings, trials: int,
+        funding: Mapping[str, pl.DataFrame] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What was found, by name, as plain data, and the equity (n,) of the simple rules. `p`, `signals`, `candles`, `rules`: what `r` was folded from on `t`; `trials`: how many were tried before it.
+
+    intervals: of the ratios. rules: (name, total return, sharpe, drawdown, difference of the Sharpe ratios with its interval). luck: best_of: the Sharpe ratio expected of the best of `trials` worthless ones;
+    deflated: probability to be above it. orders_of_trades: median and 95th percentile of the drawdown. windows: of 90 days. grid: (fee, slippage, spread, latency, total return, sharpe, drawdown);
+    corners: (fee, slippage, spread, latency, total return with targets held fixed, total return folded anew). ways: (name, total return, sharpe, drawdown, fees, share as a maker)."""
+    cash, fixed, enough = s.risk.capital, targets_of(r.steps, t), len(t.times) >= 2 * 1440
+    days = daily_returns(t.times, r.equity, cash)[1]
+    simple = {'buy and hold': hold_targets(t), 'trend of a week': trend_targets(t, hour_closes(candles, int(t.times[0]), int(t.times[-1]) + MINUTE), s)}
+    curves = {k: rule_curve(x, t, rules, s).equity for k, x in simple.items()}
+    def judged(name: str, equity: np.ndarray) -> list[Any]:
+        other = daily_returns(t.times, equity, cash)[1]
+        return [name, float(equity[-1] / cash - 1), float(sharpe(other)) if enough else 0.0, drawdown(equity, cash), *(difference(days, other, s.run.seed) if enough else (0.0, 0.0, 0.0))]
+    def anew(settings: Settings, tape: Tape) -> tuple[Outcome, list[Step]]:
+        steps = fold(p, signals, tape, rules, settings, Account(cash), funding)
+        equity = accounts([f for x in steps for f in x.fills], tape, cash, [f for x in steps for f in x.paid])[1]
+        return outcome(Cell(), Curve(equity, equity, 0.0, 0.0, 0), tape, cash), steps
+    def corner(c: Cell) -> list[float]:
+        costs = {'taker_fee': c.fee, 'slippage': c.slippage}
+        there, _ = anew(s.override(costs=costs, orders={'latency': c.latency}), replace(t, half_spread=t.half_spread * c.spread))
+        return [*map(float, (c.fee or 0.0, c.slippage or 0.0, c.spread, c.latency or 0)), sweep(fixed, t, rules, s, [c], funding)[0].total_return, there.total_return]
+    def way(name: str, how: Mapping[str, Any]) -> list[Any]:
+        settings = s.override(orders={**how, 'patience': min(s.orders.patience, s.strategy.decision_every - s.orders.latency - 1)})
+        x, steps = anew(settings, t)
+        fills = [f for y in steps for f in y.fills]
+        value = sum(f.amount * f.price for f in fills)
+        return [name, x.total_return, x.sharpe, x.max_drawdown, sum(f.fee for f in fills), sum(f.amount * f.price for f in fills if f.liquidity == 'maker') / value if value else 0.0]
+    gains, seen = closed_trades(r.fills) / cash, windows(days)
+    falls = shuffled_drawdowns(gains, s.run.seed) if len(gains) else np.zeros(1)
+    return {'intervals': {k: list(v) for k, v in intervals(days, s.run.seed).items()} if enough else {}, 'rules': [judged(k, c) for k, c in curves.items()],
+        'luck': {'trials': trials, 'best_of': best_by_luck(trials, 1 / math.sqrt(max(1, len(days) - 1))) * math.sqrt(365), 'deflated': deflated_sharpe(days, trials)},
+        'orders_of_trades': [float(np.median(falls)), float(np.quantile(falls, 0.95))], 'windows': {k: v.round(6).tolist() for k, v in seen.items()},
+        'grid': [[*map(float, (x.cell.fee or 0.0, x.cell.slippage or 0.0, x.cell.spread, x.cell.latency or 0)), x.total_return, x.sharpe, x.max_drawdown] for x in sweep(fixed, t, rules, s, grid(s), funding)],
+        'corners': [corner(c) for c in grid(s, corners=True)], 'break_even': break_even(fixed, t, rules, s, funding), 'ways': [way(k, v) for k, v in WAYS.items()], 'canary': list(canary(t, rules, s))}, curves

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 import numpy as np, polars as pl
 from filelock import FileLock, Timeout
-from . import cards
+from . import cards, pages
 from .audit import SMALL, Check, Pipeline, World, audit_ours, certificate, check_fit, check_predictions, line_of, made_world, our_pipeline
 from .drift import WEEK, Reference, Stability
 from .ensemble import BLEND, DRIFT, FILES, SCORE, Blend, EnsemblePredictor, Member, SentimentMember, SequenceMember, blend_bytes, fit_blend, read_manifest, read_verified, save_models
@@ -142,7 +142,7 @@ def train(job: Job, parts: Sequence[Part] = ('lgbm', 'tft'), anyway: bool = Fals
     files, told = make_models(p, labels, b, s, job.places.data / 'work' / f'{origin.data_hash}-{s.hash}-{code_hash(*AUDITED)}', job.say, parts, kept, origin.model_dump(mode='json'))
     known = {**notes, **told, 'blocks': [list(x) for x in b.rows()], 'rows': {n: int((m & np.isfinite(labels.y)).sum()) for n, m in rows_of(b, p, labels).items()},
         'break_even': [list(x) for x in break_even_table(p, s.costs)], 'data': origin.data_hash, 'settings': s.hash, 'code': audited_code(job)}
-    with models_lock(job.places): save_models(job.places.challenger, {**files, TRAINING: (json.dumps(cards.plain(known)) + '\n').encode()}, origin)
+    with models_lock(job.places): save_models(job.places.challenger, {**files, TRAINING: (json.dumps(pages.plain(known)) + '\n').encode()}, origin)
 
 @contextmanager
 def models_lock(places: Places) -> Iterator[None]:

@@ -175,7 +175,10 @@ class Account:
 
     def equity(self, prices: Mapping[str, float]) -> float:
         "Cash and positions at `prices`, in quote."
-        return self.cash + sum(q * prices[s] for s, q in self.positions.items() if q)
+        total = self.cash
+        for s, q in self.positions.items():
+            if q: total += q * prices[s]
+        return total
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO, make_home, realdeal
 from test_reports import CHROMIUM, console
 
-from realdeal import cards
+from realdeal import pages
 from realdeal.emulator import SIMULATED_START, serve
 from realdeal.ingest import Follower, open_market
 from realdeal.market import generate
@@ -82,7 +82,7 @@ def pictures(page: str) -> list[str]:
 def test_every_kind_of_minute_is_on_the_page(every: dict[str, Made]) -> None:
     page, q = every["BTC"].html, every["BTC"].figures
     assert all(q.count(x) for x in STATES) and q.count("missing") == 37
-    assert cards.check_offline(page, "quality") and page.index("SIMULATED") < page.index("<strong>Usable, with care.</strong>") < page.index("Minutes known") < page.index("<figure>")
+    assert pages.check_offline(page, "quality") and page.index("SIMULATED") < page.index("<strong>Usable, with care.</strong>") < page.index("Minutes known") < page.index("<figure>")
     calendar, gaps, latency = pictures(page)
     assert "37 missing. Of 240 hours 1 lacks a minute" in calendar and gaps.startswith("Most minutes: closed ") and "trade to receipt: half within" in latency
     text = every["BTC"].text
@@ -125,7 +125,7 @@ async def test_a_followed_store_has_its_page(tmp_path: Path) -> None:
     assert command.returncode == 0, said
     x = made(home, "null-7", "BTC/USDT")
     q, text, told = x.figures, x.text, follower.ledger()
-    assert q.count("missing") == 0 and q.count("rest") > 0 and q.followed == q.exact == told["minutes"] and cards.check_offline(x.html, "quality")
+    assert q.count("missing") == 0 and q.count("rest") > 0 and q.followed == q.exact == told["minutes"] and pages.check_offline(x.html, "quality")
     assert f"all {q.total} minutes known" in text and "- **Minutes known** 100 %: good" in text and "- **Trades make the candle** 100 %: good" in text
     assert "not judged (half within" in text and "market time of an emulator" in text, "its delays are as long as its speed makes them"
     received = told["symbols"]["BTC/USDT"]["received"]
@@ -138,7 +138,7 @@ def test_by_hand_from_the_key_of_a_store(every: dict[str, Made]) -> None:
     """papermill with the folder of a store and its key: the span is what it holds, the provenance is made from the settings it finds."""
     home = every["ETH"].page.parents[3]
     s, store = opened(home, "null-7")
-    page = cards.execute_report(REPO / "nbs/reports/quality.ipynb", home / "reports/demo/mine.html", {"store": store.root, "market": "null-7", "symbol": "ETH/USDT"}, s, "simulated", text=True)
+    page = pages.execute_report(REPO / "nbs/reports/quality.ipynb", home / "reports/demo/mine.html", {"store": store.root, "market": "null-7", "symbol": "ETH/USDT"}, s, "simulated", text=True)
     text = page.with_suffix(".md").read_text()
     assert f"all {2 * 1440:,} minutes known" in text and f"| data hash | {store.data_hash(['ETH/USDT'], SIMULATED_START, SIMULATED_START + 2 * DAY)} |" in text and s.hash in text
 

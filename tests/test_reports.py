@@ -6,7 +6,7 @@ import nbformat, polars as pl, pytest
 from hypothesis import given, strategies as st
 
 pytest.importorskip('papermill')
-from realdeal import cards
+from realdeal import cards, pages
 from realdeal.provenance import Places, places
 from realdeal.scores import AtThreshold
 from realdeal.settings import Settings
@@ -50,14 +50,14 @@ def made(tmp_path_factory):
     s = Settings(home=tmp_path_factory.mktemp('home'))
     demo, real, said = places(s, 'simulated').reports, places(s, 'recorded').reports, []
     jobs = [
-        cards.Job(BACKTEST, demo / 'backtest.html', {}, s, 'simulated', text=True),
-        cards.Job(CARD, demo / 'model_card.html', {}, s, 'simulated', text=True),
-        cards.Job(BACKTEST, real / 'backtests' / 'portfolio.html', {'result': recorded(s.data_dir / 'results'), 'name': 'portfolio'}, s, 'recorded', text=True),
-        cards.Job(CARD, demo / 'bare.html', {'card': bare(s.home)}, s, 'simulated', title='A "bare" card'),
-        cards.Job(WALK, demo / 'walk_forward.html', {}, s, 'simulated', text=True),
-        cards.Job(CARD, real / 'model_cards' / 'odd.html', {'card': odd(s.home)}, s, 'recorded', text=True),
+        pages.Report(BACKTEST, demo / 'backtest.html', {}, s, 'simulated', text=True),
+        pages.Report(CARD, demo / 'model_card.html', {}, s, 'simulated', text=True),
+        pages.Report(BACKTEST, real / 'backtests' / 'portfolio.html', {'result': recorded(s.data_dir / 'results'), 'name': 'portfolio'}, s, 'recorded', text=True),
+        pages.Report(CARD, demo / 'bare.html', {'card': bare(s.home)}, s, 'simulated', title='A "bare" card'),
+        pages.Report(WALK, demo / 'walk_forward.html', {}, s, 'simulated', text=True),
+        pages.Report(CARD, real / 'model_cards' / 'odd.html', {'card': odd(s.home)}, s, 'recorded', text=True),
     ]
-    out = cards.execute_reports(jobs, said.append)
+    out = pages.execute_reports(jobs, said.append)
     assert len(said) == 6
     return s, {f.stem: f for f in out}
 
@@ -68,9 +68,9 @@ NAMES = ('backtest', 'model_card', 'portfolio', 'bare', 'walk_forward', 'odd')
 @pytest.mark.parametrize('name', NAMES)
 def test_page_stands_alone_and_shows_no_code(made, name):
     page = made[1][name].read_text()
-    assert cards.check_offline(page, name) and len(page.encode()) < 5_000_000
+    assert pages.check_offline(page, name) and len(page.encode()) < 5_000_000
     assert '<script' not in page and not re.search(r'(src|srcset)="?(https?:)?//', page) and '<link href="http' not in page
-    assert cards.POLICY in page and 'width=device-width' in page
+    assert pages.POLICY in page and 'width=device-width' in page
     assert 'import ' not in page and 'cards.' not in page and 'parameters' not in page
     assert 'Traceback' not in page and 'Warning' not in page and '<pre' not in page
 
@@ -150,7 +150,7 @@ def test_a_cards_json_is_small_and_reads_back(tmp_path):
 
 def test_the_same_card_makes_the_same_page(made):
     s, pages = made
-    again = cards.execute_report(CARD, pages['model_card'].with_name('again.html'), {}, s, 'simulated', title='model_card: model card')
+    again = pages.execute_report(CARD, pages['model_card'].with_name('again.html'), {}, s, 'simulated', title='model_card: model card')
     assert again.read_bytes() == pages['model_card'].read_bytes()
 
 
@@ -195,30 +195,30 @@ def test_a_torn_result_is_one_error_and_no_page(tmp_path):
     (folder / 'portfolio.parquet').write_bytes(b'PAR1')
     before = files(tmp_path)
     with pytest.raises(Stop, match=r'report backtest: .*BadData: .*damaged.*nothing was written'):
-        cards.execute_report(BACKTEST, s.reports_dir / 'x.html', {'result': folder, 'name': 'portfolio'}, s, 'recorded', text=True)
+        pages.execute_report(BACKTEST, s.reports_dir / 'x.html', {'result': folder, 'name': 'portfolio'}, s, 'recorded', text=True)
     assert files(tmp_path) == before
 
 
 def test_a_kernel_that_dies_is_one_error(tmp_path):
     s, out = Settings(home=tmp_path), tmp_path / 'reports/demo/x.html'
     with pytest.raises(Stop, match='report dies: DeadKernelError'):
-        cards.execute_report(notebook(tmp_path / 'dies.ipynb', 'x = 1', 'import os; os._exit(9)'), out, {}, s, 'simulated')
+        pages.execute_report(notebook(tmp_path / 'dies.ipynb', 'x = 1', 'import os; os._exit(9)'), out, {}, s, 'simulated')
     assert not out.parent.exists()
 
 
 def test_a_page_without_a_stamp_or_with_a_link_is_refused(tmp_path):
     s, out = Settings(home=tmp_path), tmp_path / 'reports/demo/x.html'
-    with pytest.raises(Refused, match='unstamped'): cards.execute_report(notebook(tmp_path / 'a.ipynb', 'x = 1'), out, {}, s, 'simulated')
-    linked = f"class P:\n def _repr_mimebundle_(self, **k): return {{'text/html': '<img src=https://x/y.png>', '{cards.STAMP}': {{'source': 'simulated'}}}}\nP()"
-    with pytest.raises(Stop, match='stand alone'): cards.execute_report(notebook(tmp_path / 'b.ipynb', 'x = 1', linked), out, {}, s, 'simulated', text=True)
-    with pytest.raises(BadData, match='ends with .html'): cards.execute_report(BACKTEST, out.with_suffix('.pdf'), {}, s, 'simulated')
+    with pytest.raises(Refused, match='unstamped'): pages.execute_report(notebook(tmp_path / 'a.ipynb', 'x = 1'), out, {}, s, 'simulated')
+    linked = f"class P:\n def _repr_mimebundle_(self, **k): return {{'text/html': '<img src=https://x/y.png>', '{pages.STAMP}': {{'source': 'simulated'}}}}\nP()"
+    with pytest.raises(Stop, match='stand alone'): pages.execute_report(notebook(tmp_path / 'b.ipynb', 'x = 1', linked), out, {}, s, 'simulated', text=True)
+    with pytest.raises(BadData, match='ends with .html'): pages.execute_report(BACKTEST, out.with_suffix('.pdf'), {}, s, 'simulated')
     assert not out.parent.exists()
 
 
 def test_an_example_never_becomes_a_recorded_report(tmp_path):
     "A forgotten parameter shows the built-in example; its stamp keeps it out of reports/."
     s = Settings(home=tmp_path)
-    with pytest.raises(Refused, match='shows simulated results, not recorded'): cards.execute_report(CARD, s.reports_dir / 'card.html', {}, s, 'recorded')
+    with pytest.raises(Refused, match='shows simulated results, not recorded'): pages.execute_report(CARD, s.reports_dir / 'card.html', {}, s, 'recorded')
     assert not s.reports_dir.exists()
 
 
@@ -235,7 +235,7 @@ def test_only_evidence_is_judged(name, value, source):
     assert (k.status != 'not measured') == judged
     if judged: assert (k.status == 'met') == (value >= k.target if k.better == 'high' else value <= k.target)
     else: assert k.note
-    json.dumps(cards.plain(cards.replace(k).__dict__), allow_nan=False)
+    json.dumps(pages.plain(cards.replace(k).__dict__), allow_nan=False)
 
 
 def test_the_board_reads_back_and_prints(made, tmp_path):
