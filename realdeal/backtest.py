@@ -13,7 +13,7 @@ from .decide import State, decide, snapshot
 from .features import Panel
 from .fills import Met, Terms, Working, conditions, terms_of
 from .orders import plan
-from .performance import figures
+from .performance import daily_returns, figures, intervals
 from .settings import Costs, Settings
 from .store import dense
 from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Signal, Snapshot, as_dict, settle
@@ -57,7 +57,7 @@ def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFr
     seen = quotes.group_by(time=pl.col('time') // MINUTE * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #8b0bde87
+# %% ../nbs/33_backtest.ipynb #52837db7
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
@@ -186,8 +186,9 @@ def result_of(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
     if worst >= 0.005: raise BadData(f'the accounts of the fold and of vectorbt differ by {worst:.4f}: a fill rule is broken')
     held = np.zeros(t.close.shape)
     for f in fills: held[t.at(f.time), t.symbols.index(f.symbol)] += f.sign * f.amount
-    told = figures(t.times, equity, np.abs(held.cumsum(0) * t.close).sum(1), fills, cash)
-    return Result(t.times, mine, equity, cash * (t.close / t.open[0]).mean(1), tuple(steps), {**told, **costs_of(fills, t, paid)})
+    told, days = figures(t.times, equity, np.abs(held.cumsum(0) * t.close).sum(1), fills, cash), daily_returns(t.times, equity, cash)[1]
+    low, high = intervals(days, s.run.seed)['sharpe'] if len(days) > 1 else (math.nan, math.nan)
+    return Result(t.times, mine, equity, cash * (t.close / t.open[0]).mean(1), tuple(steps), {**told, 'sharpe_low': low, 'sharpe_high': high, **costs_of(fills, t, paid)})
 
 # %% ../nbs/33_backtest.ipynb #684e34a3
 def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]], p: Panel, signals: Sequence[Signal], t: Tape,
@@ -221,7 +222,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #9dadb0c1
+# %% ../nbs/33_backtest.ipynb #6a4bb26d
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

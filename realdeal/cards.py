@@ -6,21 +6,22 @@
 from __future__ import annotations
 import json, math, re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 import numpy as np, polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from .backtest import Result, backtest
+from .backtest import Result, fold, result_of, tape
 from .features import FEATURES, panel
 from .labels import forward_return
 from .market import generate
 from .pages import MARKS, Piece, Status, accuracy_and_net, between, bp, interval, md_table, picture, plain, show, table, traffic
 from .provenance import Places, Provenance, Source, day, guard_place, sha256
 from .scores import ASKED, AtThreshold, Month, Triple, by_month, by_threshold, coverage_curve, direction_score, explain, paired, reliability, side_score, suspicion, thresholds_of, triple
+from .sensitivity import inquire
 from .settings import Settings
 from .store import write_atomic, write_parquet
-from .types import DAY, MINUTE, BadData, MarketRules, Missing, Signal, slug
+from .types import DAY, MINUTE, Account, BadData, MarketRules, Missing, Signal, slug
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +37,8 @@ __all__ = ['Evidence', 'KPIS', 'KPI_DAYS', 'UPTIME_HOURS', 'BOARD_HEAD', 'MEANIN
 # %% ../nbs/36_cards.ipynb #44a512e8
 @dataclass(frozen=True)
 class Shown:
-    "A saved backtest. `minutes`: time (ms), equity, cash, hold, and close_X and position_X of each symbol X; `fills`: one row each."
+    """A saved backtest. `minutes`: time (ms), equity, cash, hold, close_X and position_X of each symbol X, and the equity of simple rules by their names; `fills`: one row each;
+    `found`: what `inquire` found, empty when it was not asked."""
     name: str
     symbols: tuple[str, ...]
     minutes: pl.DataFrame
@@ -46,6 +48,7 @@ class Shown:
     provenance: Provenance
     settings: dict[str, Any]
     note: str = ''
+    found: dict[str, Any] = field(default_factory=dict)
 
 def check_name(name: str) -> str:
     "`name`, if it can be a file's: letters, digits, - and _."
@@ -55,7 +58,7 @@ def check_name(name: str) -> str:
 def _numbers(d: Mapping[str, float | None]) -> dict[str, float]: return {k: math.nan if v is None else v for k, v in d.items()}
 
 # %% ../nbs/36_cards.ipynb #b42bc199
-def _minutes(r: Result, symbols: Sequence[str], closes: np.ndarray) -> pl.DataFrame:
+def _minutes(r: Result, symbols: Sequence[str], closes: np.ndarray, curves: Mapping[str, np.ndarray]) -> pl.DataFrame:
     "The columns of `Shown.minutes`; closes (n, s)."
     held = np.zeros(closes.shape)
     for f in r.fills: held[(f.time - int(r.times[0])) // MINUTE, symbols.index(f.symbol)] += f.sign * f.amount
@@ -63,17 +66,18 @@ def _minutes(r: Result, symbols: Sequence[str], closes: np.ndarray) -> pl.DataFr
     off = float(np.abs(r.cash + (held * closes).sum(1) - r.equity).max())
     if off >= 0.005: raise BadData(f'cash and positions differ from the equity by {off:.4f}: these closes are not the backtest\'s')
     per = {f'{what}_{slug(x)}': a[:, i] for i, x in enumerate(symbols) for what, a in (('close', closes), ('position', held))}
-    return pl.DataFrame({'time': r.times, 'equity': r.equity, 'cash': r.cash, 'hold': r.hold, **per})
+    return pl.DataFrame({'time': r.times, 'equity': r.equity, 'cash': r.cash, 'hold': r.hold, **per, **curves})
 
-_FILL = {'time': pl.Int64, 'symbol': pl.String, 'side': pl.String, 'amount': pl.Float64, 'price': pl.Float64, 'fee': pl.Float64, 'client_id': pl.String}
+_FILL = {'time': pl.Int64, 'symbol': pl.String, 'side': pl.String, 'amount': pl.Float64, 'price': pl.Float64, 'fee': pl.Float64, 'liquidity': pl.String, 'client_id': pl.String}
 
-def save_result(folder: Path, name: str, r: Result, score: Mapping[str, float], provenance: Provenance, symbols: Sequence[str], closes: np.ndarray, s: Settings, note: str = '') -> Path:
-    "Write `{name}.parquet`, `{name}_fills.parquet` and, last, `{name}.json`, whose path is returned. `closes`: (n, s) in quote."
+def save_result(folder: Path, name: str, r: Result, score: Mapping[str, float], provenance: Provenance, symbols: Sequence[str], closes: np.ndarray, s: Settings, note: str = '',
+        found: Mapping[str, Any] | None = None, curves: Mapping[str, np.ndarray] | None = None) -> Path:
+    "Write `{name}.parquet`, `{name}_fills.parquet` and, last, `{name}.json`, whose path is returned. `closes`: (n, s) in quote; `found`, `curves`: of `inquire`."
     frames = _paths(folder, check_name(name))
-    write_parquet(frames[0], _minutes(r, symbols, closes))
+    write_parquet(frames[0], _minutes(r, symbols, closes, curves or {}))
     write_parquet(frames[1], pl.DataFrame([tuple(getattr(f, c) for c in _FILL) for f in r.fills], schema=_FILL, orient='row'))
     page = {'name': name, 'symbols': list(symbols), 'figures': plain(r.figures), 'score': plain(score), 'provenance': provenance.model_dump(mode='json'),
-        'settings': s.model_dump(mode='json', exclude={'home', 'paths', 'project'}), 'note': note, 'sha256': _sum(frames)}
+        'settings': s.model_dump(mode='json', exclude={'home', 'paths', 'project'}), 'note': note, 'found': plain(found or {}), 'sha256': _sum(frames)}
     return write_atomic(folder / f'{name}.json', json.dumps(page, indent=1, allow_nan=False))
 
 def _paths(folder: Path, name: str) -> list[Path]: return [folder / f'{name}.parquet', folder / f'{name}_fills.parquet']
@@ -87,7 +91,7 @@ def load_result(folder: Path, name: str) -> Shown:
     try:
         page = json.loads(file.read_text())
         made = Shown(page['name'], tuple(page['symbols']), pl.DataFrame(), pl.DataFrame(), _numbers(page['figures']), _numbers(page['score']),
-            Provenance.model_validate(page['provenance']), page['settings'], page['note'])
+            Provenance.model_validate(page['provenance']), page['settings'], page['note'], page['found'])
         written = page['sha256']
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise BadData(f'{file}: not a saved result: {str(e).splitlines()[0]}') from None
     if written != _sum(frames) or made.name != name: raise BadData(f'{file}: its Parquet files are damaged or of another backtest; run the backtest again')
@@ -103,12 +107,13 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
     p = panel(candles, {}, end, start=first)
     last = p.X[:, p.names.index('ret_4h')]
     signals = [Signal(symbols[0], int(t), 0.55 if x > 0 else 0.45, 'long' if x > 0 else 'flat', 0.1) for t, x in zip(p.times, last, strict=True)]
-    r = backtest(p, signals, candles, {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in symbols}, s, first, end)
+    rules, t = {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in symbols}, tape(candles, first, end, s.costs)
+    r = result_of(fold(p, signals, t, rules, s, Account(s.risk.capital)), t, s)
+    found, curves = inquire(r, t, p, signals, candles, rules, s, 200)
     score = direction_score(p, signals, forward_return(p, s.strategy.horizon), s)
     origin = Provenance(source='simulated', venue='emulator', market='realistic', symbols=tuple(symbols), start=first, end=end, data_hash=sha256(r.hold.tobytes())[:16],
         settings_hash=s.hash, seed=s.run.seed, commit='example')
-    closes = (r.hold * made[symbols[0]].open[made[symbols[0]].index_at(first)] / s.risk.capital)[:, None]
-    return save_result(folder, name, r, score, origin, symbols, closes, s, note='Example: the rule "the last four hours go on".')
+    return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
 
 # %% ../nbs/36_cards.ipynb #1f285fd7
 Evidence = Literal['market', 'machine', 'operation']
@@ -157,11 +162,10 @@ def market_kpis(figures: Mapping[str, float], score: Mapping[str, float], source
     long = traded or ('' if figures.get('days', 0) >= KPI_DAYS else f'{figures.get("days", 0):.0f} days, {KPI_DAYS} are needed')
     # Few rows may not meet a target; a miss is a miss on any number of them.
     few = '' if score.get('enough') == 1 or score.get('accuracy', 0.0) < KPIS['accuracy'].target else f'a side was taken on {score.get("coverage", 0.0):.1%} of the rows: too few'
-    sharpe, error = figures.get('sharpe', math.nan), 1.96 * figures.get('sharpe_error', math.nan)
     beside = f'base rate {show(score.get("base_rate"), "fraction")}, coverage {show(score.get("coverage"), "fraction")}, net {score.get("net_bp", math.nan):+.1f} bp a row'
     return [
         judge('accuracy', score.get('accuracy'), source, interval=(score.get('accuracy_low', math.nan), score.get('accuracy_high', math.nan)), note=beside, unless=few),
-        judge('sharpe', sharpe, source, interval=(sharpe - error, sharpe + error), unless=long),
+        judge('sharpe', figures.get('sharpe'), source, interval=(figures.get('sharpe_low', math.nan), figures.get('sharpe_high', math.nan)), unless=long),
         judge('max_drawdown', figures.get('max_drawdown'), source, unless=long),
     ]
 

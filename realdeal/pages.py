@@ -223,7 +223,7 @@ def interactive(fig: Plotly, alt: str, height: int = 420) -> Piece:
     fig.update_layout(template='plotly_white', height=height, margin={'l': 56, 'r': 12, 't': 28, 'b': 32}, font={'family': FONT, 'size': 12, 'color': INK}, legend={'orientation': 'h', 'y': 1.08, 'x': 0}, hovermode='x unified')
     told = fig.to_json()
     inside = told.replace('<', '\\u003c')
-    return Piece(f'<figure><div class=plotly style="height:{height}px"></div><script type="application/json">{inside}</script><figcaption>{escape(alt)}</figcaption></figure>', f'*{alt}*', plot=json.loads(told))
+    return Piece(f'<figure><div class="plotly" style="height:{height}px"></div><script type="application/json">{inside}</script><figcaption>{escape(alt)}</figcaption></figure>', f'*{alt}*', plot=json.loads(told))
 
 # %% ../nbs/35_pages.ipynb #0354b10e
 STYLE = f'''
@@ -308,7 +308,7 @@ def _page(nb: NotebookNode, title: str) -> str:
     body, _ = HTMLExporter(template_name='basic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, anchor_link_text='').from_notebook_node(nb)
     body = re.sub(r'(?<=\d) (?=%|bp\b|ms\b)', '\u00a0', body)
     policy, scripts = POLICY, ''
-    if '<div class=plotly ' in body:
+    if '<div class="plotly"' in body:
         packed, known = _plotly()
         policy, scripts = f'{POLICY}; script-src {known} {_named(LOADER)}', f'<script type="application/gzip" id="plotly">{packed}</script><script>{LOADER}</script>'
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
