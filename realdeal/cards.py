@@ -4,18 +4,19 @@
 
 # %% ../nbs/36_cards.ipynb #d00896a6
 from __future__ import annotations
-import json, math, re
+import json, math, re, tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-import numpy as np, polars as pl
+import numpy as np, pandas as pd, polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from .backtest import Result, fold, result_of, tape
 from .features import FEATURES, panel
 from .labels import forward_return
 from .market import generate
-from .pages import MARKS, Piece, Status, accuracy_and_net, between, bp, interval, md_table, picture, plain, show, table, traffic
+from .pages import MARKS, POLICY, Piece, Status, accuracy_and_net, banner, between, bp, check_offline, interval, md_table, picture, plain, show, table, traffic
+from .performance import daily_returns
 from .provenance import Places, Provenance, Source, day, guard_place, sha256
 from .scores import ASKED, AtThreshold, Month, Triple, by_month, by_threshold, coverage_curve, direction_score, explain, paired, reliability, side_score, suspicion, thresholds_of, triple
 from .sensitivity import inquire
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Evidence', 'KPIS', 'KPI_DAYS', 'UPTIME_HOURS', 'BOARD_HEAD', 'MEANING', 'Row', 'Score', 'Shown', 'check_name',
-           'save_result', 'load_result', 'example_result', 'Kpi', 'judge', 'market_kpis', 'board', 'board_rows',
-           'board_text', 'write_board', 'board_table', 'Audited', 'Calibrated', 'BreakEven', 'Rival', 'Promise',
-           'Drift', 'Card', 'Fold', 'WalkForward', 'write_card', 'read_card', 'write_walk_forward', 'read_walk_forward',
-           'suspicions', 'example_card', 'example_walk_forward', 'score_table', 'threshold_table', 'lights',
-           'card_lights', 'card_verdict', 'doubt', 'verdict', 'month_picture']
+           'save_result', 'load_result', 'example_result', 'tear_sheet', 'Kpi', 'judge', 'market_kpis', 'board',
+           'board_rows', 'board_text', 'write_board', 'board_table', 'Audited', 'Calibrated', 'BreakEven', 'Rival',
+           'Promise', 'Drift', 'Card', 'Fold', 'WalkForward', 'write_card', 'read_card', 'write_walk_forward',
+           'read_walk_forward', 'suspicions', 'example_card', 'example_walk_forward', 'score_table', 'threshold_table',
+           'lights', 'card_lights', 'card_verdict', 'doubt', 'verdict', 'month_picture']
 
 # %% ../nbs/36_cards.ipynb #44a512e8
 @dataclass(frozen=True)
@@ -114,6 +115,25 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
     origin = Provenance(source='simulated', venue='emulator', market='realistic', symbols=tuple(symbols), start=first, end=end, data_hash=sha256(r.hold.tobytes())[:16],
         settings_hash=s.hash, seed=s.run.seed, commit='example')
     return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
+
+# %% ../nbs/36_cards.ipynb #ea1f6b4c
+def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path:
+    "quantstats' page on the result `name` of `folder`, beside buy and hold; whole, without a script, in its place only."
+    import logging, warnings
+    x = load_result(folder, name)
+    guard_place(out, x.provenance.source, s)
+    cash = x.settings['risk']['capital']
+    def daily(column: str) -> pd.Series:
+        at, r = daily_returns(x.minutes['time'].to_numpy(), x.minutes[column].to_numpy(), cash)
+        return pd.Series(r, pd.to_datetime(at, unit='ms'), name=column)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as d:
+        warnings.simplefilter('ignore')
+        logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
+        import quantstats as qs
+        qs.reports.html(daily('equity'), benchmark=daily('hold'), output=f'{d}/sheet.html', periods_per_year=365, title=f'{name}: quantstats', strategy_title=name, benchmark_title='buy and hold')
+        page = Path(d, 'sheet.html').read_text()
+    page = re.sub(r'<link rel="(shortcut )?icon"[^>]*>', '<link rel="icon" href="data:,">', page).replace('</head>', f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"></head>', 1)
+    return write_atomic(out, check_offline(re.sub(r'(<body[^>]*>)', lambda m: m[1] + banner(x.provenance).html, page, count=1), out.name))
 
 # %% ../nbs/36_cards.ipynb #1f285fd7
 Evidence = Literal['market', 'machine', 'operation']

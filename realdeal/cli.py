@@ -197,11 +197,12 @@ def walk(source: SourceOf = 'recorded', days: Days = None, market: Market = 'rea
         test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None, as_json: Json = False) -> None:
     "Walk forward: before each stretch of time a study is made anew from earlier days alone; what all stretches say together, as JSON and as a page."
     from dataclasses import replace
-    from realdeal import job as jobs, training
+    from realdeal import results, training
     job = replace(_job(config, source, days, market=market, trials=trials, test_days=test_days, reserve_days=reserve_days), say=_note if as_json else _say)
     file = training.walk(job, *training.walk_span(job, first, until), every, rolling)
-    page = jobs.draw_walk(job)
-    _say(file.read_text() if as_json else f'{os.path.relpath(page)}')
+    results.measure_walk(job)
+    drawn = results.draw_walk(job)
+    _say(file.read_text() if as_json else '\n'.join(os.path.relpath(x) for x in drawn))
 
 @app.command(epilog='Example: [bold]realdeal features > features.md[/]')
 def features() -> None:
@@ -212,28 +213,43 @@ def features() -> None:
 @app.command(epilog='Example: [bold]realdeal backtest --source simulated --json[/]')
 def backtest(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None, as_json: Json = False) -> None:
     "Score the champions on the test block, backtest them on the last 90 days, and save the results that the reports draw."
-    from realdeal.job import judge
+    from realdeal.results import judge
     figures = judge(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days))
     _say(json.dumps(figures, indent=1) if as_json else '\n'.join(f'{k}: {v:.4g}' for k, v in figures.items()))
 
-@app.command(epilog='Example: [bold]realdeal report --source simulated --symbol BTC/USDT[/]')
-def report(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', symbol: Annotated[str | None, typer.Option(help='One symbol; default: all, and the cards.')] = None,
-        test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None) -> None:
-    "Draw the reports and cards from saved results, by papermill."
-    from realdeal.job import draw
-    for path in draw(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days), [symbol] if symbol else None): _say(str(path))
+@app.command(epilog='Example: [bold]realdeal report --symbol BTC/USDT --days 90[/]')
+def report(source: SourceOf = 'recorded', symbol: Annotated[str | None, typer.Option(help='One symbol; default: the portfolio, all symbols, and the cards.')] = None,
+        days: Annotated[int, typer.Option(min=2, help='The last days of the reserve that are shown.')] = 90, candles: Annotated[int | None, typer.Option(help='Days of candles of the job; default: as for `realdeal run`.')] = None,
+        market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None) -> None:
+    "Backtest what is not saved yet, and draw pages and cards by papermill."
+    from realdeal.results import report as made
+    for path in made(_job(config, source, candles, market=market, test_days=test_days, reserve_days=reserve_days), [symbol] if symbol else None, days): _say(os.path.relpath(path))
 
-@app.command(epilog='Example: [bold]realdeal kpi --source simulated --json[/]')
-def kpi(source: SourceOf = 'recorded', config: Config = None, as_json: Json = False) -> None:
-    "Print the KPI board."
+@app.command(epilog='Example: [bold]realdeal kpi --gate --json[/]. The gate ends with exit code 1 when it is red.')
+def kpi(source: SourceOf = 'recorded', gate: Annotated[bool, typer.Option('--gate', help='Compute the pinned backtests anew and compare them with the committed baseline.')] = False,
+        accept: Annotated[str | None, typer.Option(metavar='WHY', help='Make what is computed now the baseline, and say why.')] = None, config: Config = None, as_json: Json = False) -> None:
+    "Print the KPI board; or guard it."
+    s = read_settings(config)
+    if gate or accept is not None: return _gate(config, s, accept, as_json)
     from realdeal.cards import board_table
-    file = places(read_settings(config), source).reports / 'kpi.json'
+    file = places(s, source).reports / 'kpi.json'
     try: told = json.loads(file.read_text())
     except FileNotFoundError: raise Missing(f'{file}: no board yet; make it with `realdeal run`') from None
     except ValueError as e: raise BadData(f'{file}: not a board: {e}') from None
     if as_json: return _say(json.dumps(told, indent=1))
     try: console.print(board_table(told))
     except (KeyError, TypeError, ValueError) as e: raise BadData(f'{file}: not a board: {type(e).__name__} {str(e).splitlines()[0]}') from None
+
+def _gate(config: Path | None, s: Settings, why: str | None, as_json: bool) -> None:
+    from realdeal import results
+    job = _job(config, 'recorded', None) if _recorded(s) else None
+    if why is not None: return _say(os.path.relpath(results.accept(s, job, why)))
+    told = results.gate(s, job)
+    if as_json: _say(json.dumps(told, indent=1))
+    else:
+        for name, against in told.items(): _say(f'{name}: {"red" if against else "green"}' + ''.join(f'\n  {x}' for x in against))
+        if job is None: _say('recorded: not computed, REALDEAL_DATA names no recorded candles')
+    if any(told.values()): raise typer.Exit(1)
 
 # %% ../nbs/44_cli.ipynb #3c958bb5
 @app.command(epilog='Example: [bold]realdeal emulator --market realistic --days 30 --speed 60 --port 8765[/]. Point a bot at it with the urls and keys it prints; '

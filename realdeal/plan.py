@@ -132,9 +132,9 @@ def code_hash(*modules: str) -> str:
         if not modules or f.stem in modules: h.update(f.read_bytes())
     return h.hexdigest()[:12]
 
-def provenance_of(job: Job, start: int, end: int, trials: int = 0, model: str = '') -> Provenance:
-    "The provenance of something made of the job's candles of [start, end), by `model` if it was a model's doing."
-    return origin_of(job.s, job.store, job.s.data.symbols, start, end, trials, model)
+def provenance_of(job: Job, start: int, end: int, trials: int = 0, model: str = '', symbols: Sequence[str] = ()) -> Provenance:
+    "The provenance of something made of the job's candles of [start, end), by `model` if it was a model's doing; of `symbols` alone where some are given."
+    return origin_of(job.s, job.store, symbols or job.s.data.symbols, start, end, trials, model)
 
 def origin_of(s: Settings, store: Store, symbols: Sequence[str], start: int, end: int, trials: int = 0, model: str = '') -> Provenance:
     "The same for candles of `symbols` in any store."
@@ -152,10 +152,11 @@ def job_blocks(job: Job) -> Blocks:
     start, end = job.span()
     return splits.blocks(start + warmup_days() * DAY, end, job.s.model.test_days, job.s.model.reserve_days, job.s.strategy.horizon)
 
-def report_span(job: Job) -> tuple[int, int]:
-    "The days of the reserve that the report shows (ms): its last 90."
+def report_span(job: Job, days: int = REPORT_DAYS) -> tuple[int, int]:
+    "The days of the reserve that the report shows (ms): its last `days`, or as many as it has of the usual 90."
     a, b = job_blocks(job).edges['reserve']
-    return max(a, b - REPORT_DAYS * DAY), b
+    if days != REPORT_DAYS and not 2 <= days <= (b - a) // DAY: raise BadSetting(f'--days {days}: from 2 to {(b - a) // DAY}, the days of the reserve')
+    return max(a, b - days * DAY), b
 
 def read_panel(job: Job, start: int, end: int, opened: Opened = 'learn', why: str = '', model: str = '') -> Panel:
     "The panel of [start, end]. It may reach into the test block or the reserve only when that is `opened`, which is logged with the reason and the model's hash."

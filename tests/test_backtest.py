@@ -8,7 +8,7 @@ from scipy import stats
 from realdeal import performance as perf
 from realdeal.backtest import Payment, accounts, backtest, costs_of, fold, tape, work
 from realdeal.features import Panel
-from realdeal.fills import terms_of
+from realdeal.fills import Working, terms_of
 from realdeal.orders import plan
 from realdeal.settings import Settings
 from realdeal.types import DAY, MINUTE, Account, Decision, Fill, Intent, MarketRules, Signal
@@ -315,6 +315,12 @@ def test_candle_table(what, orders, costs, order, rows, want):
     assert all(f.fee == pytest.approx(f.amount * f.price * (0.001 if f.liquidity == 'taker' else 0.0)) for f in fills)
     sign = 1 if order[0] == 'buy' else -1
     assert after.positions[X] == pytest.approx(5 + sign * sum(w[2] for w in want)) and after.cash == pytest.approx(1000 - sum(w[2] * w[3] * (sign + (0.001 if w[4] == 'taker' else 0)) for w in want))
+
+
+def test_an_order_that_was_given_up_gets_nothing_more():
+    s, rules = by_hand(REST, {})
+    t = tape({X: on([(100, 101, 80, 90, 9)])}, START - MINUTE, START + MINUTE, s.costs)
+    for age, got in ((1, True), (2, False)): assert bool(Working(Intent('a', X, 'buy', 2.0, START), 2.0, age).meet(START, 1000.0, t.met(1, 0), terms_of(s, rules[X]))[1]) is got
 
 
 def test_a_rebate_is_paid_to_the_maker():
