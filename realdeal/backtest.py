@@ -36,28 +36,32 @@ class Tape:
     half_spread: np.ndarray
     day_sigma: np.ndarray
     day_volume: np.ndarray
+    first: np.ndarray       # (s,) the last close before the first minute
 
     def at(self, time: int) -> int: return (time - int(self.times[0])) // MINUTE
 
     def met(self, i: int, j: int, latency: int = 0) -> Met:
         "Minute `i` of symbol `j`. An order that is `latency` minutes on its way was priced on what was last known when it left."
         b = i - 1 - latency
-        return Met(float(self.close[b, j] if b >= 0 else self.open[0, j]), float(self.open[i, j]), float(self.high[i, j]), float(self.low[i, j]), float(self.volume[i, j]),
+        return Met(float(self.close[b, j] if b >= 0 else self.first[j]), float(self.half_spread[max(b + 1, 0), j]), float(self.open[i, j]), float(self.high[i, j]), float(self.low[i, j]), float(self.volume[i, j]),
             float(self.half_spread[i, j]), float(self.day_sigma[i, j]), float(self.day_volume[i, j]))
 
 def tape(candles: Mapping[str, pl.DataFrame], start: int, end: int, c: Costs, quotes: Mapping[str, pl.DataFrame] | None = None) -> Tape:
     "The minutes [start, end) of `candles`. `quotes`: best prices (time in ms, bid, ask) by symbol, as far as they were recorded."
     frames = [_minutes(df, start, end, c, (quotes or {}).get(k)) for k, df in candles.items()]
+    first = [df.filter(pl.col('time') < start)['close'] for df in candles.values()]
     def column(name: str) -> np.ndarray: return np.ascontiguousarray(np.column_stack([f[name].to_numpy() for f in frames]))
-    return Tape(tuple(candles), frames[0]['time'].to_numpy(), *map(column, ('open', 'high', 'low', 'close', 'volume', 'half_spread', 'day_sigma', 'day_volume')))
+    return Tape(symbols=tuple(candles), times=frames[0]['time'].to_numpy(), **{n: column(n) for n in ('open', 'high', 'low', 'close', 'volume', 'half_spread', 'day_sigma', 'day_volume')},
+        first=np.array([float(x[-1] if len(x) else f['open'][0]) for x, f in zip(first, frames, strict=True)]))
 
 def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFrame | None) -> pl.DataFrame:
     full = conditions(dense(df.filter(pl.col('time') < end), min(int(df['time'][0]), start), end), c).filter(pl.col('time') >= start)
     if quotes is None: return full
-    seen = quotes.group_by(time=pl.col('time') // MINUTE * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
+    # What the books said in a minute is known in the next one.
+    seen = quotes.group_by(time=(pl.col('time') // MINUTE + 1) * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #52837db7
+# %% ../nbs/33_backtest.ipynb #7a0d597c
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
@@ -78,14 +82,16 @@ def fold(p: Panel, signals: Sequence[Signal], t: Tape, rules: Mapping[str, Marke
     for row, time in enumerate(p.times.tolist()): by_time.setdefault(time, []).append(row)
     every, state, steps, minutes = s.strategy.decision_every * MINUTE, State(), [], len(t.times)
     terms, due = {x: terms_of(s, rules[x]) for x in t.symbols}, settlements(t, funding or {})[::-1] if s.orders.market == 'perpetual' else []
-    for time in sorted(by_time):
-        if time % every or len(by_time[time]) < len(p.symbols) or not t.times[0] <= time <= t.times[-1]: continue
+    times = [x for x in sorted(by_time) if x % every == 0 and len(by_time[x]) == len(p.symbols) and t.times[0] <= x <= t.times[-1]]
+    while due and times and due[-1][0] < t.at(times[0]): due.pop()      # settled before we held anything
+    for time, following in zip(times, [*times[1:], int(t.times[-1]) + MINUTE], strict=False):
         rows = by_time[time]
         snap = snapshot(p, rows, [signals[r] for r in rows], account, s)
         state, decision = decide(state, snap, s)
         fills, paid = list[Fill](), list[Payment]()
         intents = plan(decision, account, snap.prices, rules, s)
         if intents or due: account = work(intents, account, t, t.at(time), min(t.at(time + every), minutes), terms, due, fills, paid)
+        while due and due[-1][0] < t.at(following): account = _pay(account, due.pop(), t, paid)
         steps.append(Step(snap, decision, tuple(fills), tuple(paid)))
     return steps
 
@@ -95,7 +101,7 @@ def settlements(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int,
     return sorted(x for x in all_of if 0 <= x[0] < len(t.times))
 
 def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]], fills: list[Fill], paid: list[Payment]) -> Account:
-    "The account after orders were at work in the minutes [now, until) of the tape; what they got goes to `fills`, and funding is taken from the end of `due` and goes to `paid`."
+    "The account after orders were at work in the minutes [now, until) of the tape; what they got goes to `fills`, and funding, taken from the end of `due` while they are, to `paid`."
     at_work = [Working(i, i.amount) for i in intents]
     latency = terms[intents[0].symbol].latency if intents else 0
     i = now + latency
@@ -108,7 +114,6 @@ def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: 
                 fills.append(fill)
                 account = settle(account, fill)
         at_work, i = [w for w in at_work if not w.over(terms[w.intent.symbol])], i + 1
-    while due and due[-1][0] < until: account = _pay(account, due.pop(), t, paid)
     return account
 
 def _pay(account: Account, due: tuple[int, int, float], t: Tape, paid: list[Payment]) -> Account:
@@ -222,7 +227,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #6a4bb26d
+# %% ../nbs/33_backtest.ipynb #753f0f26
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

@@ -52,9 +52,8 @@ class PaperBroker:
         "The minute `bar`, as far as it is known, and what was known before it."
         here, past = pl.DataFrame([as_dict(bar)]), self.history(symbol, bar.time - DAY - (latency + 2) * MINUTE, bar.time)
         known = conditions(dense(pl.concat([past.select(here.columns), here]), int(past['time'][0]) if len(past) else bar.time, bar.time + MINUTE), self.s.costs)
-        last = known.row(-1, named=True)
-        before = known['close'][-2 - latency] if len(known) > 1 + latency else bar.open
-        return Met(before, bar.open, bar.high, bar.low, last['volume'], last['half_spread'], last['day_sigma'], last['day_volume'])
+        last, left = known.row(-1, named=True), max(0, len(known) - 1 - latency)      # the minute it left in
+        return Met(known['close'][left - 1] if left else bar.open, known['half_spread'][left], bar.open, bar.high, bar.low, last['volume'], last['half_spread'], last['day_sigma'], last['day_volume'])
 
 # %% ../nbs/37_broker.ipynb #5dc1e16d
 class CcxtBroker:

@@ -116,12 +116,15 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
         settings_hash=s.hash, seed=s.run.seed, commit='example')
     return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
 
-# %% ../nbs/36_cards.ipynb #ea1f6b4c
-def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path:
-    "quantstats' page on the result `name` of `folder`, beside buy and hold; whole, without a script, in its place only."
+# %% ../nbs/36_cards.ipynb #b1994a76
+def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
+    "quantstats' page on the result `name` of `folder`, beside buy and hold; whole, without a script, in its place only. None, and no page, where nothing was ever traded."
     import logging, warnings
     x = load_result(folder, name)
     guard_place(out, x.provenance.source, s)
+    if not x.figures.get('trades'):
+        out.unlink(missing_ok=True)
+        return None
     cash = x.settings['risk']['capital']
     def daily(column: str) -> pd.Series:
         at, r = daily_returns(x.minutes['time'].to_numpy(), x.minutes[column].to_numpy(), cash)

@@ -16,11 +16,12 @@ from .types import Fill, Intent, MarketRules
 # %% auto #0
 __all__ = ['Met', 'Terms', 'terms_of', 'conditions', 'taker_price', 'quote_price', 'traded_through', 'meet', 'is_over', 'Working']
 
-# %% ../nbs/31_fills.ipynb #669aebe4
+# %% ../nbs/31_fills.ipynb #78426945
 class Met(NamedTuple):
-    """A minute. `before`: the last price before it; prices in quote, `volume` in base, 0 in a halt or where the venue has no such minute; `half_spread`: fraction of the
-    price; `day_sigma`, `day_volume`: volatility of a day (fraction) and volume (base) of the 24 hours before it."""
+    """A minute. `before`, `half_before`: the last price and half of the spread as they were known when the order left; prices in quote, spreads as fractions of the price, `volume` in base, 0 in a halt
+    or where the venue has no such minute; `day_sigma`, `day_volume`: volatility of a day (fraction) and volume (base) of the 24 hours before it."""
     before: float
+    half_before: float
     open: float
     high: float
     low: float
@@ -49,7 +50,7 @@ def terms_of(s: Settings, rules: MarketRules) -> Terms:
     o, c = s.orders, s.costs
     return Terms(o.execution == 'maker', o.patience, o.then == 'take', o.latency, c.maker_fee, c.taker_fee, c.slippage, c.impact, c.participation, c.margin, rules.lot, rules.tick, o.market == 'spot')
 
-# %% ../nbs/31_fills.ipynb #94761229
+# %% ../nbs/31_fills.ipynb #3724ccb1
 def conditions(minutes: pl.DataFrame, c: Costs) -> pl.DataFrame:
     "Dense minutes with half_spread, day_sigma and day_volume, see `Met`; the latter two are 0 in the first hour and where no setting asks for them."
     sigma = pl.col('close').log().diff().rolling_std(1440, min_samples=60).shift(1).fill_null(0.0) if c.spread_vol or c.impact else pl.lit(0.0)
@@ -66,14 +67,14 @@ def taker_price(sign: int, amount: float, m: Met, t: Terms) -> float:
 # %% ../nbs/31_fills.ipynb #cf6d2573
 def quote_price(sign: int, m: Met, t: Terms) -> float:
     "The price at which a maker buys (sign 1) or sells (sign -1) in the minute."
-    steps = m.before * (1.0 - sign * m.half_spread) / t.tick
+    steps = m.before * (1.0 - sign * m.half_before) / t.tick
     return round((math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9)) * t.tick, 12)
 
 def traded_through(sign: int, price: float, m: Met, t: Terms) -> bool:
     "Whether the market went past a resting order by the margin."
     return m.low < price * (1.0 - t.margin) if sign > 0 else m.high > price * (1.0 + t.margin)
 
-# %% ../nbs/31_fills.ipynb #6c3574e2
+# %% ../nbs/31_fills.ipynb #b16c523e
 def meet(sign: int, left: float, age: int, cash: float, m: Met, t: Terms) -> tuple[float, float, float, bool]:
     "Amount (base), price (quote), fee (quote) and whether as a maker, of an order of which `left` is left, in its minute number `age`; amount 0: nothing."
     resting = t.maker and age < t.patience

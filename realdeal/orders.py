@@ -22,7 +22,9 @@ def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, at
 # %% ../nbs/30_orders.ipynb #05723175
 def round_down(x: float, step: float) -> float:
     "The largest multiple of `step` that is not above `x`, free of binary dust."
-    return round(math.floor(x / step + 1e-9) * step, 12)
+    steps = x / step
+    whole, parts = math.floor(steps + max(1e-9, 1e-12 * steps)), round(1.0 / step)
+    return whole / parts if step < 1.0 and abs(parts * step - 1.0) < 1e-12 else round(whole * step, 12)      # 0.1 is no binary number, 10 is
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -33,19 +35,22 @@ def wanted(targets: Numbers, held: Numbers, prices: Numbers, lots: Numbers, leas
     """Signed amounts (base) to trade, one a symbol: from `held` (base) to the weights `targets` of `equity` at `prices` (quote), `least` being the least notional.
 
     On `spot` all purchases together cost no more than `cash` and the sales bring. Plain numbers and loops: the backtest's sweep compiles these very lines."""
-    out, spend, budget = [0.0] * len(targets), 0.0, cash
+    out, spend, budget = [0.0] * len(targets), 0.0, cash * (1.0 - _CASH_MARGIN)
     for j in range(len(targets)):
         # A position below the least notional is dust: it cannot be sold, so it counts as none.
         closing = targets[j] == 0.0 and abs(held[j]) * prices[j] >= least[j]
         if not closing and abs(targets[j] - held[j] * prices[j] / equity) < max(band, 1e-12): continue
         out[j] = -held[j] if closing else targets[j] * equity / prices[j] - held[j]
         if out[j] > 0.0: spend += out[j] * prices[j]
-        else: budget -= out[j] * prices[j]
-    share = min(1.0, max(0.0, budget * (1.0 - _CASH_MARGIN)) / spend) if spot and spend > 0.0 else 1.0
+        else:
+            amount = round_down(-out[j], lots[j])
+            out[j] = 0.0 if amount * prices[j] < least[j] else -amount
+            budget -= out[j] * prices[j] * (1.0 - _CASH_MARGIN)
+    share = min(1.0, max(0.0, budget) / spend) if spot and spend > 0.0 else 1.0
     for j in range(len(targets)):
-        if out[j] == 0.0: continue
-        amount = round_down(abs(out[j]) * (share if out[j] > 0.0 else 1.0), lots[j])
-        out[j] = 0.0 if amount * prices[j] < least[j] else amount if out[j] > 0.0 else -amount
+        if out[j] <= 0.0: continue
+        amount = round_down(out[j] * share, lots[j])
+        out[j] = 0.0 if amount * prices[j] < least[j] else amount
     return out
 
 def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapping[str, MarketRules], s: Settings, name: str = 'main', attempt: int = 0) -> list[Intent]:

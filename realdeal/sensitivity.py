@@ -42,7 +42,7 @@ def targets_of(steps: Sequence[Step], t: Tape) -> Targets:
 def targets_at(times: np.ndarray, weights: np.ndarray, t: Tape) -> Targets:
     "Decisions of a rule that has no fold, at the prices of the tape."
     before = (times - t.times[0]) // MINUTE - 1
-    return Targets(times, weights, np.where(before[:, None] >= 0, t.close[np.maximum(before, 0)], t.open[0]))
+    return Targets(times, weights, np.where(before[:, None] >= 0, t.close[np.maximum(before, 0)], t.first))
 
 # %% ../nbs/34_sensitivity.ipynb #4a73f3bc
 class Curve(NamedTuple):
@@ -65,7 +65,7 @@ class Columns(NamedTuple):
     day_volume: np.ndarray
 
 def _pass(now: np.ndarray, every: int, weights: np.ndarray, prices: np.ndarray, x: Columns, due: np.ndarray, rates: np.ndarray, terms: tuple[Terms, ...], lots: np.ndarray, least: np.ndarray,
-        band: float, cash: float) -> tuple[np.ndarray, np.ndarray, float, float, int]:
+        first: np.ndarray, band: float, cash: float) -> tuple[np.ndarray, np.ndarray, float, float, int]:
     "`now` (d,): the decisions' minutes; `due` (f, 2): minute and symbol of each settlement, with its rate; symbols in the order of their names."
     n, s = x.close.shape
     equity, gross, held, left, sign, age = np.empty(n), np.empty(n), np.zeros(s), np.zeros(s), np.ones(s, np.int64), np.zeros(s, np.int64)
@@ -86,12 +86,12 @@ def _pass(now: np.ndarray, every: int, weights: np.ndarray, prices: np.ndarray, 
             for side in (-1, 1):        # sales first
                 for j in range(s):
                     if sign[j] != side or is_over(left[j], age[j], terms[j]): continue
-                    m = Met(x.close[b, j] if b >= 0 else x.open[0, j], x.open[i, j], x.high[i, j], x.low[i, j], x.volume[i, j], x.half_spread[i, j], x.day_sigma[i, j], x.day_volume[i, j])
+                    m = Met(x.close[b, j] if b >= 0 else first[j], x.half_spread[max(b + 1, 0), j], x.open[i, j], x.high[i, j], x.low[i, j], x.volume[i, j], x.half_spread[i, j], x.day_sigma[i, j], x.day_volume[i, j])
                     amount, price, fee, _ = meet(side, left[j], age[j], cash, m, terms[j])
                     age[j] += 1
                     if amount <= 0: continue
                     left[j] = round(left[j] - amount, 12)
-                    held[j] += side * amount
+                    held[j] = round(held[j] + side * amount, 12)
                     cash -= side * amount * price + fee
                     fees, traded, fills = fees + fee, traded + amount * price, fills + 1
         equity[i], gross[i] = cash, 0.0
@@ -132,7 +132,7 @@ def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, c
     for c in cells:
         here = minutes if c.spread == 1 else minutes._replace(half_spread=minutes.half_spread * c.spread)
         yield Curve(*run((x.times - t.times[0]) // MINUTE, s.strategy.decision_every, by_name(x.weights), by_name(x.prices), here, at, rates, tuple(c.terms(terms_of(s, rules[k])) for k in named),
-            np.array([rules[k].lot for k in named]), np.array([rules[k].min_notional for k in named]), s.strategy.band, s.risk.capital))
+            np.array([rules[k].lot for k in named]), np.array([rules[k].min_notional for k in named]), t.first[order], s.strategy.band, s.risk.capital))
 
 # %% ../nbs/34_sensitivity.ipynb #3868a8c4
 FEES, SLIPPAGES, SPREADS, LATENCIES = (0.0, 0.0002, 0.0005, 0.001, 0.002), (0.0, 0.00005, 0.0001, 0.0002, 0.0005), (0.0, 1.0, 2.0, 5.0), (0, 1, 2, 5, 10)

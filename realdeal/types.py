@@ -264,7 +264,7 @@ class Fill:
 # %% ../nbs/01_types.ipynb #99610ee2
 def settle(account: Account, fill: Fill) -> Account:
     "The account after `fill`."
-    held = account.positions.get(fill.symbol, 0.0) + fill.sign * fill.amount
+    held = round(account.positions.get(fill.symbol, 0.0) + fill.sign * fill.amount, 12)      # a sum of many fills collects dust
     return replace(account, cash=account.cash + fill.cash, positions={**account.positions, fill.symbol: held})
 
 # %% ../nbs/01_types.ipynb #3d944422

@@ -16,7 +16,7 @@ RANK = {module_of(p): int(p.stem[:2]) for p in CHAPTERS}
 PURE = ("types", "provenance", "market", "venue", "wire", "faults", "frames", "feed", "quality", "features", "labels", "splits", "scores", "drift", "sequences", "risk", "decide", "orders", "fills")
 EDGES = {"os", "socket", "sqlite3", "aiohttp", "ccxt", "duckdb", "subprocess", "tempfile", "requests", "urllib", "asyncio", "time", "random", "shutil"}
 # scikit-learn is not in the list: LightGBM loads it by itself where it is installed, and the base install has none.
-HEAVY = ("torch", "lightning", "pytorch_forecasting", "vectorbt", "optuna", "shap", "matplotlib", "papermill", "realdeal.labels", "realdeal.splits", "realdeal.audit", "realdeal.training", "realdeal.champions", "realdeal.lgbm", "realdeal.tft", "realdeal.backtest")
+HEAVY = ("torch", "lightning", "pytorch_forecasting", "vectorbt", "optuna", "shap", "matplotlib", "papermill", "realdeal.labels", "realdeal.splits", "realdeal.audit", "realdeal.training", "realdeal.champions", "realdeal.lgbm", "realdeal.tft", "realdeal.backtest", "realdeal.performance", "realdeal.sensitivity", "realdeal.pages", "realdeal.results", "numba", "plotly")
 
 
 def imports(module: str) -> set[str]:
