@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.backtest.Tape.at': ('backtest.html#tape.at', 'realdeal/backtest.py'),
                                    'realdeal.backtest.Tape.met': ('backtest.html#tape.met', 'realdeal/backtest.py'),
                                    'realdeal.backtest._minutes': ('backtest.html#_minutes', 'realdeal/backtest.py'),
+                                   'realdeal.backtest._no_collector': ('backtest.html#_no_collector', 'realdeal/backtest.py'),
                                    'realdeal.backtest._pay': ('backtest.html#_pay', 'realdeal/backtest.py'),
                                    'realdeal.backtest._sums': ('backtest.html#_sums', 'realdeal/backtest.py'),
                                    'realdeal.backtest.accounts': ('backtest.html#accounts', 'realdeal/backtest.py'),

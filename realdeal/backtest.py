@@ -4,9 +4,10 @@
 
 # %% ../nbs/33_backtest.ipynb #0ebff56d
 from __future__ import annotations
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-import math, warnings
+import gc, math, warnings
 from typing import Any, NamedTuple
 import numpy as np, polars as pl
 from .decide import State, decide, snapshot
@@ -61,39 +62,53 @@ def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFr
     seen = quotes.group_by(time=(pl.col('time') // MINUTE + 1) * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #7a0d597c
+# %% ../nbs/33_backtest.ipynb #c4daba38
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
     symbol: str
     cash: float
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     "One folded decision: what it saw, what it decided, what was filled and paid until the next one."
     snapshot: Snapshot
     decision: Decision
-    fills: tuple[Fill, ...]
+    fills: tuple[Fill, ...] = ()
     paid: tuple[Payment, ...] = ()
 
 def fold(p: Panel, signals: Sequence[Signal], t: Tape, rules: Mapping[str, MarketRules], s: Settings, account: Account, funding: Mapping[str, pl.DataFrame] | None = None) -> list[Step]:
     "Every decision of the panel's rows (whose signals are given in row order) on the tape. `funding`: settled rates (time, rate) by symbol, for perpetuals."
     by_time: dict[int, list[int]] = {}
     for row, time in enumerate(p.times.tolist()): by_time.setdefault(time, []).append(row)
-    every, state, steps, minutes = s.strategy.decision_every * MINUTE, State(), [], len(t.times)
+    every, first, state, steps, minutes = s.strategy.decision_every * MINUTE, int(t.times[0]), State(), list[Step](), len(t.times)
+    lists: Any = replace(p, **{k: getattr(p, k).tolist() for k in ('times', 'group', 'close', 'sigma')})      # a number of a list is found faster than one of an array
     terms, due = {x: terms_of(s, rules[x]) for x in t.symbols}, settlements(t, funding or {})[::-1] if s.orders.market == 'perpetual' else []
     times = [x for x in sorted(by_time) if x % every == 0 and len(by_time[x]) == len(p.symbols) and t.times[0] <= x <= t.times[-1]]
     while due and times and due[-1][0] < t.at(times[0]): due.pop()      # settled before we held anything
-    for time, following in zip(times, [*times[1:], int(t.times[-1]) + MINUTE], strict=False):
-        rows = by_time[time]
-        snap = snapshot(p, rows, [signals[r] for r in rows], account, s)
-        state, decision = decide(state, snap, s)
-        fills, paid = list[Fill](), list[Payment]()
-        intents = plan(decision, account, snap.prices, rules, s)
-        if intents or due: account = work(intents, account, t, t.at(time), min(t.at(time + every), minutes), terms, due, fills, paid)
-        while due and due[-1][0] < t.at(following): account = _pay(account, due.pop(), t, paid)
-        steps.append(Step(snap, decision, tuple(fills), tuple(paid)))
+    with _no_collector():
+        for time, following in zip(times, [*times[1:], int(t.times[-1]) + MINUTE], strict=False):
+            rows = by_time[time]
+            snap = snapshot(lists, rows, [signals[r] for r in rows], account, s)
+            state, decision = decide(state, snap, s)
+            intents = plan(decision, account, snap.prices, rules, s)
+            if not intents and not due:
+                steps.append(Step(snap, decision))
+                continue
+            fills, paid, now = list[Fill](), list[Payment](), (time - first) // MINUTE
+            account = work(intents, account, t, now, min(now + every // MINUTE, minutes), terms, due, fills, paid)
+            while due and due[-1][0] < t.at(following): account = _pay(account, due.pop(), t, paid)
+            steps.append(Step(snap, decision, tuple(fills), tuple(paid)))
     return steps
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    "Without the garbage collector, which would look again and again at all that a fold keeps; nothing in it is a cycle."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
 
 def settlements(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int, int, float]]:
     "(minute, symbol, rate) of every settlement on the tape, in order."
@@ -227,7 +242,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #753f0f26
+# %% ../nbs/33_backtest.ipynb #dd3aa42b
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

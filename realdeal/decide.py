@@ -17,7 +17,7 @@ from .types import MINUTE, Account, BadData, Decision, Signal, Snapshot, as_dict
 __all__ = ['State', 'snapshot', 'decide']
 
 # %% ../nbs/29_decide.ipynb #9184b579
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class State:
     "`weights` held by symbol and when they expire (ms); the breakers; the time of the last decision."
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -55,7 +55,7 @@ def wanted(targets: Numbers, held: Numbers, prices: Numbers, lots: Numbers, leas
 
 def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapping[str, MarketRules], s: Settings, name: str = 'main', attempt: int = 0) -> list[Intent]:
     "Orders that bring `account` to the targets of `d` at `prices` (quote), sales first."
-    if not d.targets: return []
+    if not any(d.targets.values()) and not any(account.positions.values()): return []      # nothing is held, and nothing wanted
     symbols, spot = tuple(d.targets), s.orders.market == 'spot'
     held = [account.positions.get(x, 0.0) for x in symbols]
     amounts = wanted(list(d.targets.values()), held, [prices[x] for x in symbols], [rules[x].lot for x in symbols], [rules[x].min_notional for x in symbols],
