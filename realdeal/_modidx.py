@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'realdeal.cards.Rival.ratio': ('cards.html#rival.ratio', 'realdeal/cards.py'),
                                 'realdeal.cards.Rival.verdict': ('cards.html#rival.verdict', 'realdeal/cards.py'),
                                 'realdeal.cards.Shown': ('cards.html#shown', 'realdeal/cards.py'),
+                                'realdeal.cards.Shown.title': ('cards.html#shown.title', 'realdeal/cards.py'),
                                 'realdeal.cards.WalkForward': ('cards.html#walkforward', 'realdeal/cards.py'),
                                 'realdeal.cards.WalkForward._numbers': ('cards.html#walkforward._numbers', 'realdeal/cards.py'),
                                 'realdeal.cards._Told': ('cards.html#_told', 'realdeal/cards.py'),

@@ -51,6 +51,11 @@ class Shown:
     note: str = ''
     found: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        "What it is a backtest of, for people."
+        return self.symbols[0] if len(self.symbols) == 1 else re.sub(r'^\d+d_', '', self.name).replace('_', ' ')
+
 def check_name(name: str) -> str:
     "`name`, if it can be a file's: letters, digits, - and _."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name): raise BadData(f'name {name!r}: expected letters, digits, - and _, such as BTCUSDT or portfolio')
@@ -116,7 +121,7 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
         settings_hash=s.hash, seed=s.run.seed, commit='example')
     return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
 
-# %% ../nbs/36_cards.ipynb #b1994a76
+# %% ../nbs/36_cards.ipynb #680a3e8f
 def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
     "quantstats' page on the result `name` of `folder`, beside buy and hold; whole, without a script, in its place only. None, and no page, where nothing was ever traded."
     import logging, warnings
@@ -550,7 +555,7 @@ def verdict(x: Shown, kpis: Sequence[Kpi]) -> str:
     f, c = x.figures, x.score
     hold = float(x.minutes['hold'][-1]) / x.settings['risk']['capital'] - 1
     said = [f'{"On recorded prices" if x.provenance.source == "recorded" else "On prices from the exchange" if x.provenance.is_real else "On a simulated market"}, '
-        f'**{x.name}** made **{f["total_return"] * 100:+.1f} %** in {f["days"]:.0f} days, where buying and holding made {hold * 100:+.1f} %. '
+        f'**{x.title}** made **{f["total_return"] * 100:+.1f} %** in {f["days"]:.0f} days, where buying and holding made {hold * 100:+.1f} %. '
         f'{f["trades"]:,.0f} trades cost {f["fees"]:,.2f} in fees; the deepest fall was {show(f["max_drawdown"], "fraction")}.']
     if c.get('rows', 0) > 0:
         said.append(f'The direction was right on {show(c["accuracy"], "fraction")} of {c["rows"]:,.0f} rows on which a side was taken, which earned {c["net_bp"]:+.1f} bp a row after costs.')

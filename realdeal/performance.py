@@ -13,12 +13,12 @@ import numpy as np
 from .types import DAY, BadData, Fill
 
 # %% auto #0
-__all__ = ['YEAR', 'RATIOS', 'daily_returns', 'sharpe', 'sortino', 'drawdown', 'growth', 'closed_trades', 'figures', 'resampled',
-           'intervals', 'difference', 'windows', 'best_by_luck', 'deflated_sharpe', 'Overfitting', 'overfitting',
-           'shuffled_drawdowns']
+__all__ = ['YEAR', 'DUST', 'RATIOS', 'daily_returns', 'sharpe', 'sortino', 'drawdown', 'growth', 'closed_trades', 'figures',
+           'resampled', 'intervals', 'difference', 'windows', 'best_by_luck', 'deflated_sharpe', 'Overfitting',
+           'overfitting', 'shuffled_drawdowns']
 
 # %% ../nbs/32_performance.ipynb #0b36576d
-YEAR = 365
+YEAR, DUST = 365, 0.001     # days; a share of equity too small to be sold
 
 def daily_returns(times: np.ndarray, equity: np.ndarray, cash: float) -> tuple[np.ndarray, np.ndarray]:
     "Days (d,), ms, and their returns (d,), fractions, of minutes `times` (n,) at whose close stands `equity` (n,); before the first stood `cash`."
@@ -63,7 +63,7 @@ def closed_trades(fills: Sequence[Fill]) -> np.ndarray:
 def figures(times: np.ndarray, equity: np.ndarray, gross: np.ndarray, fills: Sequence[Fill], cash: float) -> dict[str, float]:
     """The figures of a backtest; fractions, not percent. `equity`, `gross` (n,): equity and absolute value of all positions at the close of every minute, quote.
 
-    calmar: growth a year over the drawdown. turnover: traded value over equity, a day. exposure: mean of `gross` over equity; in_market: share of minutes that hold something.
+    calmar: growth a year over the drawdown. turnover: traded value over equity, a day. exposure: mean of `gross` over equity; in_market: share of minutes that hold more than DUST of it.
     hit_rate, profit_factor: of `closed_trades`: share with a profit, profits over losses (0 without any)."""
     _, r = daily_returns(times, equity, cash)
     won = closed_trades(fills)
@@ -71,7 +71,7 @@ def figures(times: np.ndarray, equity: np.ndarray, gross: np.ndarray, fills: Seq
     return {
         'total_return': float(equity[-1] / cash - 1), 'growth': growth(r), 'volatility': float(r.std(ddof=1) * math.sqrt(YEAR)) if len(r) > 1 else 0.0,
         'sharpe': float(sharpe(r)) if len(r) > 1 else 0.0, 'sortino': float(sortino(r)), 'max_drawdown': deepest, 'calmar': growth(r) / deepest if deepest > 0 else 0.0,
-        'turnover': sum(f.amount * f.price for f in fills) / float(equity.mean()) / len(r), 'exposure': float((gross / equity).mean()), 'in_market': float((gross > 0).mean()),
+        'turnover': sum(f.amount * f.price for f in fills) / float(equity.mean()) / len(r), 'exposure': float((gross / equity).mean()), 'in_market': float((gross > DUST * equity).mean()),
         'hit_rate': float((won > 0).mean()) if len(won) else 0.0, 'profit_factor': float(won[won > 0].sum() / lost) if lost > 0 else 0.0,
         'trades': float(len(fills)), 'closed': float(len(won)), 'days': float(len(r)),
     }

@@ -49,7 +49,7 @@ def test_everything_carries_its_provenance(demo: Demo) -> None:
         assert entry.provenance.source == "simulated" and entry.provenance.market == "realistic-7"
         assert entry.provenance.end == job_blocks(demo.job).edges["test"][0], "trained on nothing of the test block"
     for page in demo.reports.rglob("*.html"): assert "SIMULATED" in page.read_text(), page.name
-    assert load_result(demo.data / "results", "portfolio").provenance.start == report_span(demo.job)[0]
+    assert load_result(demo.data / "results", "6d_portfolio").provenance.start == report_span(demo.job)[0]
 
 
 def test_models_have_not_seen_the_test_block(demo: Demo, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """realdeal.cards and the report templates, on small data, end to end: papermill, nbconvert, a browser."""
-import io, json, math, re, shutil, subprocess
+import io, json, math, os, re, shutil, subprocess
 from dataclasses import replace
 from pathlib import Path
 import nbformat, polars as pl, pytest
@@ -69,7 +69,7 @@ NAMES = ('backtest', 'model_card', 'portfolio', 'bare', 'walk_forward', 'odd')
 def test_page_stands_alone_and_shows_no_code(made, name):
     page = made[1][name].read_text()
     assert pages.check_offline(page, name) and len(page.encode()) < 5_000_000
-    assert '<script' not in page and not re.search(r'(src|srcset)="?(https?:)?//', page) and '<link href="http' not in page
+    assert page.replace(pages.LOADER, '').count('<script') == page.count('<script type="application/') + ('id="plotly"' in page) and not re.search(r'(src|srcset)="?(https?:)?//', page) and '<link href="http' not in page
     assert pages.POLICY in page and 'width=device-width' in page
     assert 'import ' not in page and 'cards.' not in page and 'parameters' not in page
     assert 'Traceback' not in page and 'Warning' not in page and '<pre' not in page
@@ -77,7 +77,7 @@ def test_page_stands_alone_and_shows_no_code(made, name):
 
 def test_a_simulated_page_says_so_and_judges_nothing(made):
     page, text = made[1]['backtest'].read_text(), made[1]['backtest'].with_suffix('.md').read_text()
-    assert page.index('SIMULATED') < page.index('BTCUSDT') and '✔' not in page and '✘' not in page
+    assert page.index('SIMULATED') < page.index('BTC/USDT') and '✔' not in page and '✘' not in page
     assert text.startswith('# Backtest\n\n> **SIMULATED.**') and '| total return |' in text and '<div' not in text and 'base64' not in text
 
 
@@ -149,9 +149,9 @@ def test_a_cards_json_is_small_and_reads_back(tmp_path):
 
 
 def test_the_same_card_makes_the_same_page(made):
-    s, pages = made
-    again = pages.execute_report(CARD, pages['model_card'].with_name('again.html'), {}, s, 'simulated', title='model_card: model card')
-    assert again.read_bytes() == pages['model_card'].read_bytes()
+    s, drawn = made
+    again = pages.execute_report(CARD, drawn['model_card'].with_name('again.html'), {}, s, 'simulated', title='model_card: model card')
+    assert again.read_bytes() == drawn['model_card'].read_bytes()
 
 
 # A browser
@@ -159,22 +159,34 @@ def test_the_same_card_makes_the_same_page(made):
 CHROMIUM = next((b for n in ('chromium', 'chromium-browser', 'google-chrome') if (b := shutil.which(n))), None)
 
 
-def console(page, profile):
-    "What the browser says while it shows `page`, and the page's DOM."
+def console(page, profile, *more):
+    "What the browser says while it shows `page`, and what it prints: the page's DOM with --dump-dom."
     r = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', f'--user-data-dir={profile}',
-        '--enable-logging=stderr', '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120)
+        '--enable-logging=stderr', '--virtual-time-budget=20000', *more, page.as_uri()], capture_output=True, text=True, timeout=120)
     return [line for line in r.stderr.splitlines() if 'CONSOLE' in line], r.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='no chromium on this machine')
 def test_a_browser_opens_the_pages_without_complaint(made, tmp_path):
     for name in NAMES:
-        said, dom = console(made[1][name], tmp_path / 'profile')
+        said, dom = console(made[1][name], tmp_path / 'profile', '--dump-dom')
         assert said == [] and 'Where this comes from' in dom
+        if name == 'backtest': assert 'data-drawn="yes"' in dom and dom.count('main-svg') > 1      # plotly has drawn, from the page alone
     bad = tmp_path / 'bad.html'        # the same ears hear a page that breaks its policy
     bad.write_text(made[1]['bare'].read_text().replace('</body>', '<script>1</script></body>'))
-    said, _ = console(bad, tmp_path / 'profile')
+    said, _ = console(bad, tmp_path / 'profile', '--dump-dom')
     assert any('Content Security Policy' in line for line in said)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no chromium on this machine')
+def test_the_committed_report_opens_and_is_photographed(tmp_path):
+    "SCREENSHOTS=docs makes the picture that the README shows."
+    page, picture = TEMPLATES.parents[1] / 'reports/backtests/90d_BTCUSDT.html', Path(os.environ.get('SCREENSHOTS', tmp_path)).resolve() / 'report.png'
+    said, _ = console(page, tmp_path / 'profile', '--window-size=860,1500', f'--screenshot={picture}')
+    assert said == [] and picture.stat().st_size > 50_000
+    pages.check_offline(page.read_text(), page.name)
+    sheet = page.with_name('90d_BTCUSDT_tearsheet.html')
+    assert console(sheet, tmp_path / 'profile', '--dump-dom')[0] == [] and 'recorded data' in sheet.read_text()
 
 
 # What goes wrong leaves nothing behind
