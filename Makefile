@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab reports sync lint chapters notebooks pytest bench clean
+.PHONY: help setup demo test lab reports sync lint chapters notebooks pytest gate bench clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## The main job offline, on the embedded simulated market; at most 10 minutes on 2 cores
 	$(BIN)/realdeal demo
 
-test: sync lint chapters notebooks pytest ## Everything CI runs: sync, ruff, mypy, chapters, report notebooks, pytest with coverage
+test: sync lint chapters notebooks pytest gate ## Everything CI runs: sync, ruff, mypy, chapters, report notebooks, pytest with coverage, the gate
 
 lab: $(READY) ## JupyterLab on the first page
 	$(BIN)/jupyter lab nbs/index.ipynb
@@ -54,6 +54,9 @@ notebooks: $(READY) ## Run the first page and the report templates in a real ker
 pytest: $(READY) ## The tests, with coverage of the package
 	rm -f .coverage .coverage.*
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=80
+
+gate: $(READY) ## Compute the pinned backtests anew; fails when a figure fell, or changed without a reason
+	$(BIN)/realdeal kpi --gate
 
 bench: $(READY) ## The benchmarks: ratios in one run on the same work
 	$(BIN)/python -m benchmarks

@@ -101,7 +101,7 @@ def pairs() -> Iterator[Pair]:
     yield "features of one new bar", "the last window", lambda: panel(window, known, END, start=END), "98 days again", lambda: panel(candles, known, END, start=END)
 
     p = panel(candles, known, END, start=END - 90 * DAY)
-    said, t = signals(p), tape(candles, END - 90 * DAY, END)
+    said, t = signals(p), tape(candles, END - 90 * DAY, END, s.costs)
     rules = {k: MarketRules(k, 1e-5, 0.01, 5.0) for k in candles}
     fills = [f for x in fold(p, said, t, rules, s, Account(10_000.0)) for f in x.fills]
     yield "accounts of 90 days x 2 symbols", "fold's own", lambda: accounts(fills, t, 10_000.0), "vectorbt", lambda: vectorbt_accounts(fills, t, 10_000.0, 7)

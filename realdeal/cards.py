@@ -121,7 +121,7 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
         settings_hash=s.hash, seed=s.run.seed, commit='example')
     return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
 
-# %% ../nbs/36_cards.ipynb #680a3e8f
+# %% ../nbs/36_cards.ipynb #c6bd4b17
 def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
     "quantstats' page on the result `name` of `folder`, beside buy and hold; whole, without a script, in its place only. None, and no page, where nothing was ever traded."
     import logging, warnings
@@ -464,7 +464,7 @@ def example_card(folder: Path) -> Path:
     return write_card(folder, Card(name='example', blocks=tuple((n, day(a), day(b - 1)) for n, a, b in edges), rows={n: (b - a) // (15 * MINUTE) for n, a, b in edges},
         provenance=_example_origin(30), intended='To show what a card looks like.', limits='This model does not exist; nothing may be concluded from it.', params={'learning_rate': 0.03, 'num_leaves': 16}, horizon=240,
         score=score, control=none, verdict65=triple(score, untouched=True), thresholds=tuple(by_threshold(m['prob'], m['forward'], m['times'], m['at'], cost, 7)), months=tuple(by_month(m['prob'], m['forward'], m['times'], cost, 7)),
-        trials=tuple((i, v if i % 6 else None, 'COMPLETE' if i % 6 else 'PRUNED') for i, v in enumerate(loss)), seeds=tuple((7 + i, 0.6905 + rng.normal(0, 2e-4), 0.528 + rng.normal(0, 0.003)) for i in range(5)),
+        trials=tuple((i, v if i % 6 else None, 'COMPLETE' if i % 6 else 'PRUNED') for i, v in enumerate(loss)), overfitting={'probability': 0.3, 'variants': 25.0, 'inside': 3.0, 'outside': 0.4, 'days': 35.0, 'blocks': 16.0}, seeds=tuple((7 + i, 0.6905 + rng.normal(0, 2e-4), 0.528 + rng.normal(0, 0.003)) for i in range(5)),
         features=tuple((f.name, f.meaning, 0.09 / (1 + i)) for i, f in enumerate(FEATURES[:20])), shap=explain(pushed, X, [f.name for f in FEATURES[:20]], np.exp(rng.normal(size=4000))),
         attention=tuple((float(-k), math.exp(-k / 9) / 9) for k in range(32)), reliability=tuple(reliability(m['prob'], y)), coverage=tuple(coverage_curve(m['prob'], m['forward'], cost)),
         calibration=Calibrated(method='platt', losses={'platt': 0.6904, 'isotonic': 0.6911}, ece_before=0.031, ece_after=score['ece']),

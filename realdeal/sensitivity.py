@@ -201,8 +201,9 @@ def rule_curve(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Setting
 
 # %% ../nbs/34_sensitivity.ipynb #2992f89a
 def canary(t: Tape, rules: Mapping[str, MarketRules], s: Settings) -> tuple[float, float]:
-    "Sharpe ratio, without costs, of the oracle and of the oracle that is one decision late."
-    every = s.strategy.decision_every
+    "Sharpe ratio, without costs, of the oracle and of the oracle that is one decision late, over the first 90 days: later it would own the market."
+    every, most = s.strategy.decision_every, 90 * 1440
+    t = replace(t, times=t.times[:most], **{n: getattr(t, n)[:most] for n in Columns._fields})
     free = s.override(orders={'execution': 'taker', 'market': 'spot', 'latency': 0}, strategy={'allow_short': False, 'band': 0.0}, costs={'participation': 1.0, 'impact': 0.0})
     now = np.arange((-int(t.times[0]) // MINUTE) % every, len(t.times) - every, every)
     rises = (t.close[now + every - 1] > t.open[now]) / len(t.symbols)

@@ -110,6 +110,7 @@ def test_the_numbers_on_a_card_are_the_cards(made, tmp_path):
     for name, meaning, weight in x.features: assert f'| {name} | {meaning} | {weight:.4f} |' in text
     for name, first, last in x.blocks: assert f'| {name} | {first} | {last} | {x.rows[name]:,} |' in text
     for minutes, move, taker, maker in x.break_even.rows: assert f'{" (in use)" if minutes == 240 else ""} | {move:.1f} bp | {pct(taker)} | {pct(maker)} |' in text
+    assert f'below the median of the 25 that were not pruned on the other half in **{pct(x.overfitting["probability"])}** of all ways' in text
     for check, _, detail in x.audit.checks: assert f'| {check} | ✔ passed | {detail} |' in text
     assert f'the best reached {min(v for _, v, _ in x.trials if v):.5f}.' in text and '30 trials: 5 pruned, 25 complete' in text and f'the worst was {min(x.months, key=lambda m: m.accuracy).month}' in text
     for v in x.rivals: assert f'| {v.name} | {v.rows:,.0f} | {v.loss:.5f} | {v.other_loss:.5f} | {v.saved:+.5f} | {v.saved_low:+.5f} to {v.saved_high:+.5f} |' in text
