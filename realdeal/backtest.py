@@ -17,7 +17,7 @@ from .orders import plan
 from .performance import daily_returns, figures, intervals
 from .settings import Costs, Settings
 from .store import dense
-from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Signal, Snapshot, as_dict, settle
+from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Missing, Signal, Snapshot, as_dict, settle
 
 # %% auto #0
 __all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'settlements', 'work', 'accounts', 'vectorbt_accounts', 'Result',
@@ -49,6 +49,9 @@ class Tape:
 
 def tape(candles: Mapping[str, pl.DataFrame], start: int, end: int, c: Costs, quotes: Mapping[str, pl.DataFrame] | None = None) -> Tape:
     "The minutes [start, end) of `candles`. `quotes`: best prices (time in ms, bid, ask) by symbol, as far as they were recorded."
+    for k, df in candles.items():
+        if df.is_empty(): raise Missing(f'{k}: no candle to trade on')
+        if int(df['time'][0]) > start: raise BadData(f'{k}: its candles begin {(int(df["time"][0]) - start) / MINUTE:,.0f} minutes after the backtest does')
     frames = [_minutes(df, start, end, c, (quotes or {}).get(k)) for k, df in candles.items()]
     first = [df.filter(pl.col('time') < start)['close'] for df in candles.values()]
     def column(name: str) -> np.ndarray: return np.ascontiguousarray(np.column_stack([f[name].to_numpy() for f in frames]))
@@ -62,15 +65,14 @@ def _minutes(df: pl.DataFrame, start: int, end: int, c: Costs, quotes: pl.DataFr
     seen = quotes.group_by(time=(pl.col('time') // MINUTE + 1) * MINUTE).agg(half=((pl.col('ask') - pl.col('bid')) / (pl.col('ask') + pl.col('bid'))).mean())
     return full.join(seen, on='time', how='left', maintain_order='left').with_columns(half_spread=pl.col('half').fill_null(pl.col('half_spread')))
 
-# %% ../nbs/33_backtest.ipynb #c4daba38
+# %% ../nbs/33_backtest.ipynb #d0014935
 class Payment(NamedTuple):
     "Funding of a perpetual at `time` (ms): `cash` in quote, negative when we pay."
     time: int
     symbol: str
     cash: float
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     "One folded decision: what it saw, what it decided, what was filled and paid until the next one."
     snapshot: Snapshot
     decision: Decision
@@ -200,10 +202,11 @@ def backtest(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataF
 
 def result_of(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
     fills, paid, cash = [f for x in steps for f in x.fills], [f for x in steps for f in x.paid], s.risk.capital
-    loan = cash * (1 + s.risk.max_gross) if s.orders.market == 'perpetual' else 0.0
-    (mine, equity), theirs = accounts(fills, t, cash, paid), vectorbt_accounts(fills, t, cash, s.run.seed, paid, loan)
+    mine, equity = accounts(fills, t, cash, paid)
+    loan = cash + 2 * sum(f.amount * f.price for f in fills) if s.orders.market == 'perpetual' else 0.0
+    theirs = vectorbt_accounts(fills, t, cash, s.run.seed, paid, loan)
     worst = max(np.abs(mine - theirs[0]).max(), np.abs(equity - theirs[1]).max())
-    if worst >= 0.005: raise BadData(f'the accounts of the fold and of vectorbt differ by {worst:.4f}: a fill rule is broken')
+    if not worst < 0.005: raise BadData(f'the accounts of the fold and of vectorbt differ by {worst:.4f}: a fill rule is broken')
     held = np.zeros(t.close.shape)
     for f in fills: held[t.at(f.time), t.symbols.index(f.symbol)] += f.sign * f.amount
     told, days = figures(t.times, equity, np.abs(held.cumsum(0) * t.close).sum(1), fills, cash), daily_returns(t.times, equity, cash)[1]
@@ -242,7 +245,7 @@ def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, 
         found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
     return found
 
-# %% ../nbs/33_backtest.ipynb #dd3aa42b
+# %% ../nbs/33_backtest.ipynb #759c525c
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     "Amount (base) and value (quote) that each order got, by its client id."
     found: dict[str, tuple[float, float]] = {}

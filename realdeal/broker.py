@@ -5,7 +5,7 @@
 # %% ../nbs/37_broker.ipynb #a61ab288
 from __future__ import annotations
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 import polars as pl
 from .exchange import Exchange
@@ -25,28 +25,30 @@ class Broker(Protocol):
 
 # %% ../nbs/37_broker.ipynb #5275e49d
 class PaperBroker:
-    """`bar_at(symbol, time)`: the bar that opens at `time` (ms), None while nothing is known of it; `history(symbol, start, end)`: minutes before it; `cash()`: what the account has (quote)."""
-    def __init__(self, bar_at: Callable[[str, int], Bar | None], history: Callable[[str, int, int], pl.DataFrame], terms: Callable[[str], Terms], cash: Callable[[], float], s: Settings):
-        self.bar_at, self.history, self.terms, self.cash, self.s = bar_at, history, terms, cash, s
-        self._works: dict[str, tuple[Working, list[Fill]]] = {}
+    """`bar_at(symbol, time)`: the bar that opens at `time` (ms), None while nothing is known of it; `history(symbol, start, end)`: minutes before it; `cash(time)`: what the account had (quote) after all fills
+    until the minute at `time`; `told(client_id)`: the fills of an order that are journalled."""
+    def __init__(self, bar_at: Callable[[str, int], Bar | None], history: Callable[[str, int, int], pl.DataFrame], terms: Callable[[str], Terms], cash: Callable[[int], float],
+            told: Callable[[str], Sequence[Fill]], s: Settings):
+        self.bar_at, self.history, self.terms, self.cash, self.told, self.s = bar_at, history, terms, cash, told, s
 
     async def submit(self, intent: Intent) -> Order: return Order(intent, OrderStatus.OPEN, venue_id=f'paper-{intent.client_id}')
 
     async def poll(self, order: Order) -> tuple[Order, list[Fill]]:
         i, t = order.intent, self.terms(order.intent.symbol)
-        w, fills = self._works.get(i.client_id, (Working(i, i.amount), []))
-        begins, ends = i.time + t.latency * MINUTE, i.time + self.s.strategy.decision_every * MINUTE
-        while not w.over(t) and (time := begins + w.age * MINUTE) < ends:
+        known = {f.time: f for f in self.told(i.client_id)}
+        w, fresh, ends, last = Working(i, i.amount), list[Fill](), i.time + self.s.strategy.decision_every * MINUTE, max(known, default=0)
+        while not w.over(t) and (time := i.time + (t.latency + w.age) * MINUTE) < ends:
+            if time <= last:        # that minute is settled
+                w = Working(i, round(w.left - (known[time].amount if time in known else 0.0), 12), w.age + 1)
+                continue
             bar, forming = self.bar_at(i.symbol, time), self.bar_at(i.symbol, time + MINUTE) is None
-            if bar is None or (forming and t.participation * bar.volume < w.left): return order, fills
-            after, fill = w.meet(time, self.cash(), self.met(i.symbol, bar, t.latency), t)
-            if forming and after.left >= t.lot / 2: return order, fills
-            w, fills = after, [*fills, *([fill] if fill else [])]
-            self._works[i.client_id] = w, fills
-        self._works.pop(i.client_id, None)
-        filled = sum(f.amount for f in fills)
-        if w.left < t.lot / 2: return advance(order, 'filled', filled=filled), fills
-        return advance(order, 'canceled', filled=filled, reason=f'{filled:g} of {i.amount:g} filled when its time was over'), fills
+            if bar is None or (forming and t.participation * bar.volume < w.left): return order, fresh
+            after, fill = w.meet(time, self.cash(time) + sum(f.cash for f in fresh), self.met(i.symbol, bar, t.latency), t)
+            if forming and after.left >= t.lot / 2: return order, fresh
+            w, fresh = after, [*fresh, *([fill] if fill else [])]
+        filled = i.amount - w.left
+        if w.left < t.lot / 2: return advance(order, 'filled', filled=filled), fresh
+        return advance(order, 'canceled', filled=filled, reason=f'{filled:g} of {i.amount:g} filled when its time was over'), fresh
 
     def met(self, symbol: str, bar: Bar, latency: int) -> Met:
         "The minute `bar`, as far as it is known, and what was known before it."

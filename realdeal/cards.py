@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 import numpy as np, pandas as pd, polars as pl
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from .backtest import Result, fold, result_of, tape
 from .features import FEATURES, panel
@@ -50,6 +51,7 @@ class Shown:
     settings: dict[str, Any]
     note: str = ''
     found: dict[str, Any] = field(default_factory=dict)
+    key: str = ''
 
     @property
     def title(self) -> str:
@@ -70,21 +72,23 @@ def _minutes(r: Result, symbols: Sequence[str], closes: np.ndarray, curves: Mapp
     for f in r.fills: held[(f.time - int(r.times[0])) // MINUTE, symbols.index(f.symbol)] += f.sign * f.amount
     held = held.cumsum(0)
     off = float(np.abs(r.cash + (held * closes).sum(1) - r.equity).max())
-    if off >= 0.005: raise BadData(f'cash and positions differ from the equity by {off:.4f}: these closes are not the backtest\'s')
+    if not off < 0.005: raise BadData(f'cash and positions differ from the equity by {off:.4f}: these closes are not the backtest\'s')
     per = {f'{what}_{slug(x)}': a[:, i] for i, x in enumerate(symbols) for what, a in (('close', closes), ('position', held))}
     return pl.DataFrame({'time': r.times, 'equity': r.equity, 'cash': r.cash, 'hold': r.hold, **per, **curves})
 
 _FILL = {'time': pl.Int64, 'symbol': pl.String, 'side': pl.String, 'amount': pl.Float64, 'price': pl.Float64, 'fee': pl.Float64, 'liquidity': pl.String, 'client_id': pl.String}
 
 def save_result(folder: Path, name: str, r: Result, score: Mapping[str, float], provenance: Provenance, symbols: Sequence[str], closes: np.ndarray, s: Settings, note: str = '',
-        found: Mapping[str, Any] | None = None, curves: Mapping[str, np.ndarray] | None = None) -> Path:
-    "Write `{name}.parquet`, `{name}_fills.parquet` and, last, `{name}.json`, whose path is returned. `closes`: (n, s) in quote; `found`, `curves`: of `inquire`."
+        key: str = '', found: Mapping[str, Any] | None = None, curves: Mapping[str, np.ndarray] | None = None) -> Path:
+    "Write `{name}.parquet`, `{name}_fills.parquet` and, last, `{name}.json`, whose path is returned. `closes`: (n, s) in quote; `key`: what it was made from, in a word; `found`, `curves`: of `inquire`."
     frames = _paths(folder, check_name(name))
-    write_parquet(frames[0], _minutes(r, symbols, closes, curves or {}))
-    write_parquet(frames[1], pl.DataFrame([tuple(getattr(f, c) for c in _FILL) for f in r.fills], schema=_FILL, orient='row'))
-    page = {'name': name, 'symbols': list(symbols), 'figures': plain(r.figures), 'score': plain(score), 'provenance': provenance.model_dump(mode='json'),
-        'settings': s.model_dump(mode='json', exclude={'home', 'paths', 'project'}), 'note': note, 'found': plain(found or {}), 'sha256': _sum(frames)}
-    return write_atomic(folder / f'{name}.json', json.dumps(page, indent=1, allow_nan=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / '.results.lock'):      # its three files belong together
+        write_parquet(frames[0], _minutes(r, symbols, closes, curves or {}))
+        write_parquet(frames[1], pl.DataFrame([tuple(getattr(f, c) for c in _FILL) for f in r.fills], schema=_FILL, orient='row'))
+        page = {'name': name, 'symbols': list(symbols), 'figures': plain(r.figures), 'score': plain(score), 'provenance': provenance.model_dump(mode='json'),
+            'settings': s.model_dump(mode='json', exclude={'home', 'paths', 'project'}), 'note': note, 'key': key, 'found': plain(found or {}), 'sha256': _sum(frames)}
+        return write_atomic(folder / f'{name}.json', json.dumps(page, indent=1, allow_nan=False))
 
 def _paths(folder: Path, name: str) -> list[Path]: return [folder / f'{name}.parquet', folder / f'{name}_fills.parquet']
 def _sum(files: Sequence[Path]) -> str: return sha256(b''.join(f.read_bytes() for f in files))
@@ -97,7 +101,7 @@ def load_result(folder: Path, name: str) -> Shown:
     try:
         page = json.loads(file.read_text())
         made = Shown(page['name'], tuple(page['symbols']), pl.DataFrame(), pl.DataFrame(), _numbers(page['figures']), _numbers(page['score']),
-            Provenance.model_validate(page['provenance']), page['settings'], page['note'], page['found'])
+            Provenance.model_validate(page['provenance']), page['settings'], page['note'], page['found'], page['key'])
         written = page['sha256']
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise BadData(f'{file}: not a saved result: {str(e).splitlines()[0]}') from None
     if written != _sum(frames) or made.name != name: raise BadData(f'{file}: its Parquet files are damaged or of another backtest; run the backtest again')
@@ -119,7 +123,7 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
     score = direction_score(p, signals, forward_return(p, s.strategy.horizon), s)
     origin = Provenance(source='simulated', venue='emulator', market='realistic', symbols=tuple(symbols), start=first, end=end, data_hash=sha256(r.hold.tobytes())[:16],
         settings_hash=s.hash, seed=s.run.seed, commit='example')
-    return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found, curves)
+    return save_result(folder, name, r, score, origin, symbols, t.close, s, 'Example: the rule "the last four hours go on".', found=found, curves=curves)
 
 # %% ../nbs/36_cards.ipynb #c6bd4b17
 def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
@@ -138,9 +142,9 @@ def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
         warnings.simplefilter('ignore')
         logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
         import quantstats as qs
-        qs.reports.html(daily('equity'), benchmark=daily('hold'), output=f'{d}/sheet.html', periods_per_year=365, title=f'{name}: quantstats', strategy_title=name, benchmark_title='buy and hold')
+        qs.reports.html(daily('equity'), benchmark=daily('hold'), output=f'{d}/sheet.html', periods_per_year=365, match_dates=False, title=f'{name}: quantstats', strategy_title=name, benchmark_title='buy and hold')
         page = Path(d, 'sheet.html').read_text()
-    page = re.sub(r'<link rel="(shortcut )?icon"[^>]*>', '<link rel="icon" href="data:,">', page).replace('</head>', f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"></head>', 1)
+    page = re.sub(r'<link rel="(shortcut )?icon"[^>]*>', '<link rel="icon" href="data:,">', page).replace('<head>', f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1)
     return write_atomic(out, check_offline(re.sub(r'(<body[^>]*>)', lambda m: m[1] + banner(x.provenance).html, page, count=1), out.name))
 
 # %% ../nbs/36_cards.ipynb #1f285fd7
@@ -193,7 +197,7 @@ def market_kpis(figures: Mapping[str, float], score: Mapping[str, float], source
     beside = f'base rate {show(score.get("base_rate"), "fraction")}, coverage {show(score.get("coverage"), "fraction")}, net {score.get("net_bp", math.nan):+.1f} bp a row'
     return [
         judge('accuracy', score.get('accuracy'), source, interval=(score.get('accuracy_low', math.nan), score.get('accuracy_high', math.nan)), note=beside, unless=few),
-        judge('sharpe', figures.get('sharpe'), source, interval=(figures.get('sharpe_low', math.nan), figures.get('sharpe_high', math.nan)), unless=long),
+        replace(judge('sharpe', figures.get('sharpe'), source, interval=(figures.get('sharpe_low', math.nan), figures.get('sharpe_high', math.nan)), unless=long), title=f'Sharpe ratio, {figures.get("days", KPI_DAYS):.0f} days'),
         judge('max_drawdown', figures.get('max_drawdown'), source, unless=long),
     ]
 
@@ -553,7 +557,7 @@ def doubt(score: Mapping[str, float | None]) -> str:
 def verdict(x: Shown, kpis: Sequence[Kpi]) -> str:
     "One paragraph of Markdown on a backtest."
     f, c = x.figures, x.score
-    hold = float(x.minutes['hold'][-1]) / x.settings['risk']['capital'] - 1
+    hold = next((made for name, made, *_ in x.found.get('rules', ()) if name == 'buy and hold'), float(x.minutes['hold'][-1]) / x.settings['risk']['capital'] - 1)
     said = [f'{"On recorded prices" if x.provenance.source == "recorded" else "On prices from the exchange" if x.provenance.is_real else "On a simulated market"}, '
         f'**{x.title}** made **{f["total_return"] * 100:+.1f} %** in {f["days"]:.0f} days, where buying and holding made {hold * 100:+.1f} %. '
         f'{f["trades"]:,.0f} trades cost {f["fees"]:,.2f} in fees; the deepest fall was {show(f["max_drawdown"], "fraction")}.']

@@ -34,7 +34,8 @@ class State:
 def snapshot(p: Panel, rows: Sequence[int], signals: Sequence[Signal], account: Account, s: Settings) -> Snapshot:
     "Snapshot of the panel's `rows` (one a symbol, all of one time) and their signals."
     time, scale = int(p.times[rows[0]]), (s.strategy.horizon * MINUTE / STEP) ** 0.5
-    prices, sigma = dict[str, float](), dict[str, float]()
+    prices: dict[str, float] = {}
+    sigma: dict[str, float] = {}
     for r in rows:
         if p.times[r] != time: raise BadData(f'snapshot: rows of one time are needed, got {sorted({int(p.times[k]) for k in rows})}')
         name = p.symbols[p.group[r]]
@@ -46,7 +47,7 @@ def decide(state: State, snap: Snapshot, s: Settings) -> tuple[State, Decision]:
     "The next state and the target weights with their reasons."
     if snap.time <= state.time: raise BadData(f'decision at {snap.time}: time must move forward, the last one was at {state.time}')
     guard = state.guard.step(snap.time, snap.equity, s.risk)
-    blocked = guard.blocks(snap.time)
+    blocked = guard.blocks(snap.time) if guard.reason else None
     weights: dict[str, float] = {}
     expires: dict[str, int] = {}
     reasons: dict[str, str] = {}

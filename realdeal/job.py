@@ -17,7 +17,7 @@ from .ensemble import BLEND, DRIFT, FILES, MANIFEST, load_predictor
 from .exchange import Clock, Exchange
 from .ingest import backfill, backfill_funding
 from .live import Runner, run_clock, run_steps
-from .plan import Job, code_hash, job_blocks, origin_of
+from .plan import Job, code_hash, job_blocks, log_reading, origin_of
 from .provenance import places, utc
 from .results import draw, judge, page_of, paper_key, session_file
 from .settings import Settings
@@ -87,6 +87,7 @@ async def trade_on_paper(job: Job, venue: Exchange, url: str | None, key: str) -
     try:
         runner = Runner(job.s, venue, job.store, journal, predictor, job.say)
         await runner.start()
+        if job.source != 'simulated': log_reading(job, 'reserve', venue.clock.now(), job.end(), 'the paper session', predictor.model_hash)
         job.say(f'paper: from {utc(venue.clock.now())}, {job.hours} hours')
         if url: await run_steps(runner, url, asyncio.Event(), job.end())
         else: await run_clock(runner, asyncio.Event(), venue.clock.now() + job.hours * 60 * MINUTE)

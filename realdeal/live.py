@@ -81,7 +81,7 @@ class Desk:
 
     async def follow(self) -> None:
         "Ask what became of every order that is not final."
-        for order in list(self.memory.pending.values()):
+        for order in sorted(self.memory.pending.values(), key=lambda o: (o.intent.time, o.intent.side == 'buy', o.intent.symbol)):      # sales first, as they were planned
             try: after, fills = await self.broker.poll(order)
             except Retry as e: self.say(f'order {order.intent.client_id} cannot be asked for now: {e}')
             else: self.keep(after, fills)
@@ -216,7 +216,9 @@ class Runner:
     def predictor(self) -> EnsemblePredictor: return self.forecaster.predictor
 
     def _paper(self) -> PaperBroker:
-        return PaperBroker(self.bar_at, self.store.read, lambda x: terms_of(self.s, self.rules[x]), lambda: self.memory.account.cash, self.s)
+        def fills() -> list[Fill]: return [Fill(**r['body']) for r in self.journal.rows('fills')]
+        return PaperBroker(self.bar_at, self.store.read, lambda x: terms_of(self.s, self.rules[x]), lambda time: self.memory.account.cash - sum(f.cash for f in fills() if f.time > time),
+            lambda name: [f for f in fills() if f.client_id == name], self.s)
 
     def bar_at(self, symbol: str, time: int) -> Bar | None:
         "The bar that opens at `time`: as it forms, or as the store has it; None while nobody knows."

@@ -56,10 +56,11 @@ def wanted(targets: Numbers, held: Numbers, prices: Numbers, lots: Numbers, leas
 def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapping[str, MarketRules], s: Settings, name: str = 'main', attempt: int = 0) -> list[Intent]:
     "Orders that bring `account` to the targets of `d` at `prices` (quote), sales first."
     if not any(d.targets.values()) and not any(account.positions.values()): return []      # nothing is held, and nothing wanted
-    symbols, spot = tuple(d.targets), s.orders.market == 'spot'
+    symbols, spot, equity = tuple(d.targets), s.orders.market == 'spot', account.equity(prices)
+    if not equity > 0: return []
     held = [account.positions.get(x, 0.0) for x in symbols]
     amounts = wanted(list(d.targets.values()), held, [prices[x] for x in symbols], [rules[x].lot for x in symbols], [rules[x].min_notional for x in symbols],
-        account.cash, account.equity(prices), s.strategy.band, spot)
+        account.cash, equity, s.strategy.band, spot)
     if not any(amounts): return []
     kind: OrderKind = 'market' if s.orders.execution == 'taker' else 'limit'
     def intent(symbol: str, amount: float) -> Intent:

@@ -244,7 +244,7 @@ th, td {{ text-align: left; padding: 6px 10px; border-bottom: 1px solid {LINE}; 
 @media (max-width: 560px) {{ body {{ padding: 14px 14px 48px; font-size: 15px }} .simulated {{ flex-direction: column; align-items: flex-start; gap: 4px }} th, td {{ padding: 6px 5px }} table {{ font-size: .84rem }} }}
 @media print {{ h2 {{ break-after: avoid }} figure, .kpi, .table {{ break-inside: avoid }} }}
 '''
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 DATA_BLOCKS = ('application/json', 'application/gzip')
 MAX_PAGE = 5_000_000   # bytes
 
@@ -256,14 +256,16 @@ class _Fetched(HTMLParser):
         self.script = ''      # the type of the last one
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == 'script': self.script = dict(attrs).get('type') or ''
+        if tag in ('form', 'iframe', 'frame', 'object', 'embed', 'base') or (tag == 'meta' and (dict(attrs).get('http-equiv') or '').lower() == 'refresh'): self.found.append(f'<{tag}>')
         for k, v in attrs:
             asks = k in ('src', 'srcset', 'poster', 'data', 'background', 'xlink:href') or (k == 'href' and tag in ('link', 'image', 'use', 'base'))
             if asks and v and not v.startswith(('data:', '#')): self.found.append(f'<{tag} {k}={v[:80]}>')
             if k == 'style': self.style(v or '')
+            if k.startswith('on') or (v or '').strip().lower().startswith('javascript:'): self.found.append(f'<{tag} {k}>')
     def handle_data(self, data: str) -> None:
         if self.cdata_elem == 'style': self.style(data)
         if self.cdata_elem == 'script' and self.script not in DATA_BLOCKS and data != LOADER: self.found.append('<script>')
-    def style(self, css: str) -> None: self.found += re.findall(r'@import.{0,80}|url\(\s*["\']?(?!data:|#|["\'])[^)]{1,80}', css)
+    def style(self, css: str) -> None: self.found += re.findall(r'(?i)@import.{0,80}|image-set.{0,80}|url\(\s*["\']?(?!data:|#|["\'])[^)]{1,80}', css)
 
 def check_offline(page: str, where: str) -> str:
     "`page`, if it is whole: no script but our own, nothing to fetch, less than MAX_PAGE; else Stop."

@@ -48,17 +48,19 @@ def growth(r: np.ndarray) -> float:
     "Compound return a year (fraction) of daily returns."
     return float((1 + r).prod() ** (YEAR / len(r)) - 1)
 
-def closed_trades(fills: Sequence[Fill]) -> np.ndarray:
-    "Profit (quote), net of fees, of every fill that makes a position smaller, at the position's average cost (fees included)."
-    held, cost, profits = dict[str, float](), dict[str, float](), list[float]()
+def closed_trades(fills: Sequence[Fill]) -> tuple[np.ndarray, np.ndarray]:
+    "Times (m,), ms, and profits (m,), quote, net of fees, of the fills that make a position smaller, at the position's average cost (fees included)."
+    held, cost, profits, times = dict[str, float](), dict[str, float](), list[float](), list[int]()
     for f in fills:
         q, signed = held.get(f.symbol, 0.0), f.sign * f.amount
         per, fee, shut = cost.get(f.symbol, 0.0), f.fee / f.amount, min(f.amount, abs(q)) if q * signed < 0 else 0.0
-        if shut: profits.append(shut * ((f.price - per) * (1 if q > 0 else -1) - fee))
+        if shut:
+            profits.append(shut * ((f.price - per) * (1 if q > 0 else -1) - fee))
+            times.append(f.time)
         opened, left = f.amount - shut, abs(q) - shut
-        if opened: cost[f.symbol] = (left * per + opened * (f.price + f.sign * fee)) / (left + opened)
-        held[f.symbol] = q + signed if left or opened else 0.0
-    return np.array(profits)
+        if opened > 1e-12: cost[f.symbol] = (left * per + opened * (f.price + f.sign * fee)) / (left + opened)
+        held[f.symbol] = round(q + signed, 12)      # as the account has it, free of dust
+    return np.array(times, np.int64), np.array(profits)
 
 def figures(times: np.ndarray, equity: np.ndarray, gross: np.ndarray, fills: Sequence[Fill], cash: float) -> dict[str, float]:
     """The figures of a backtest; fractions, not percent. `equity`, `gross` (n,): equity and absolute value of all positions at the close of every minute, quote.
@@ -66,7 +68,7 @@ def figures(times: np.ndarray, equity: np.ndarray, gross: np.ndarray, fills: Seq
     calmar: growth a year over the drawdown. turnover: traded value over equity, a day. exposure: mean of `gross` over equity; in_market: share of minutes that hold more than DUST of it.
     hit_rate, profit_factor: of `closed_trades`: share with a profit, profits over losses (0 without any)."""
     _, r = daily_returns(times, equity, cash)
-    won = closed_trades(fills)
+    won = closed_trades(fills)[1]
     deepest, lost = drawdown(equity, cash), -won[won < 0].sum()
     return {
         'total_return': float(equity[-1] / cash - 1), 'growth': growth(r), 'volatility': float(r.std(ddof=1) * math.sqrt(YEAR)) if len(r) > 1 else 0.0,

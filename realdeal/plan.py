@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, io, json, time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, UTC
 from pathlib import Path
@@ -117,7 +118,8 @@ def kept_in(folder: Path) -> Kept:
         buffer = io.BytesIO()
         np.save(buffer, made)
         write_atomic(file, buffer.getvalue())
-        for old in sorted(folder.glob('*.npy'), key=lambda f: f.stat().st_mtime, reverse=True)[KEPT:]: old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):      # another process tidies up as well
+            for old in sorted(folder.glob('*.npy'), key=lambda f: f.stat().st_mtime, reverse=True)[KEPT:]: old.unlink(missing_ok=True)
         return made
     return kept
 

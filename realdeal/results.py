@@ -4,7 +4,7 @@
 
 # %% ../nbs/42_results.ipynb #16a714b3
 from __future__ import annotations
-import json, os, time
+import json, math, os, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, UTC
@@ -19,20 +19,20 @@ from .ensemble import EnsemblePredictor, load_predictor
 from .features import STEP, WARMUP_MINUTES, Panel, panel
 from .labels import forward_return
 from .market import Candles, generate
-from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, provenance_of, read_panel, readings, report_span
+from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, provenance_of, read_panel, readings, report_span, warmup_days
 from .provenance import Provenance, day, sha256, utc
 from .scores import accuracy_line, direction_score
 from .sensitivity import inquire
 from .settings import Settings
 from .store import Journal, write_atomic
 from .training import WALK, score_cards, training
-from .types import DAY, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, slug
+from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, slug
 
 # %% auto #0
-__all__ = ['REPORT', 'PORTFOLIO', 'BASELINE', 'FALL', 'GATED', 'only', 'Case', 'save_all', 'champion', 'stem_of', 'is_fresh',
-           'measure', 'funding_of', 'measure_walk', 'prediction_ms', 'check_parity', 'session_file', 'paper_key',
-           'judge', 'page_of', 'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint', 'pinned_embedded',
-           'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate', 'accept']
+__all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'only', 'Case', 'save_all', 'champion',
+           'stem_of', 'key_of', 'is_fresh', 'measure', 'funding_of', 'measure_walk', 'prediction_ms', 'check_parity',
+           'session_file', 'paper_key', 'judge', 'page_of', 'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint',
+           'pinned_embedded', 'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate', 'accept']
 
 # %% ../nbs/42_results.ipynb #29bbc3f5
 REPORT, PORTFOLIO = 'the 90-day report', 'portfolio'
@@ -60,6 +60,7 @@ class Case:
     luck: Mapping[str, float] | None = None
     funding: Mapping[str, pl.DataFrame] | None = None
     note: str = ''
+    key: str = ''
 
     def part(self, symbol: str) -> Case:
         "The same of one symbol alone."
@@ -73,7 +74,7 @@ class Case:
         found, curves = inquire(r, t, self.panel, self.signals, self.candles, self.rules, s, self.trials, self.funding)
         if self.luck: found['luck']['overfitting'] = dict(self.luck)
         score = direction_score(self.panel, self.signals, self.forward, s)
-        cards.save_result(folder, stem, r, score, self.origin, self.panel.symbols, t.close, s, self.note, found, curves)
+        cards.save_result(folder, stem, r, score, self.origin, self.panel.symbols, t.close, s, self.note, self.key, found, curves)
         return f'{stem}: Sharpe {r.figures["sharpe"]:.2f} ({r.figures["sharpe_low"]:.1f} to {r.figures["sharpe_high"]:.1f}), drawdown {r.figures["max_drawdown"]:.1%}, {accuracy_line(score)}'
 
 def save_all(cases: Sequence[tuple[Case, str]], folder: Path, say: Callable[[str], None], workers: int) -> None:
@@ -92,9 +93,17 @@ def stem_of(job: Job, name: str, days: int = REPORT_DAYS) -> str:
     a, b = report_span(job, days)
     return f'{(b - a) // DAY}d_{name}'
 
-def is_fresh(job: Job, stem: str, origin: Provenance) -> bool:
-    "Whether the saved result `stem` has this origin."
-    try: return cards.load_result(job.places.data / 'results', stem).provenance == origin
+ENGINE = ('types', 'features', 'scores', 'sequences', 'drift', 'ensemble', 'risk', 'decide', 'orders', 'fills', 'performance', 'backtest', 'sensitivity', 'cards', 'results')
+
+def key_of(job: Job, origin: Provenance, luck: Any) -> str:
+    "All that a result of this origin depends on, in 16 hex digits: its commit is not among it, the code that made it is; nor are its days alone, but those that features read before them."
+    before = job.store.data_hash(origin.symbols, origin.start - (WARMUP_MINUTES + warmup_days() * 1440) * MINUTE, origin.end)
+    rules = {k: asdict(v) for k, v in market_rules(job).items()}
+    return sha256(json.dumps([origin.model_dump(mode='json', exclude={'commit'}), before, rules, luck, code_hash(*ENGINE)], sort_keys=True).encode())[:16]
+
+def is_fresh(job: Job, stem: str, key: str) -> bool:
+    "Whether the saved result `stem` was made from what `key` says."
+    try: return cards.load_result(job.places.data / 'results', stem).key == key
     except RealdealError: return False
 
 def measure(job: Job, predictor: EnsemblePredictor, names: Sequence[str], days: int = REPORT_DAYS, anew: bool = False) -> Panel | None:
@@ -103,14 +112,16 @@ def measure(job: Job, predictor: EnsemblePredictor, names: Sequence[str], days: 
     origin = provenance_of(job, start, end, predictor.provenance.trials, predictor.model_hash)
     symbols = {slug(x): x for x in s.data.symbols}
     def of(name: str) -> Provenance: return origin if name == PORTFOLIO else provenance_of(job, start, end, predictor.provenance.trials, predictor.model_hash, (symbols[name],))
-    due = [n for n in names if anew or not is_fresh(job, stem_of(job, n, days), of(n))]
+    luck = training(job.places.models).get('lgbm', {}).get('overfitting')
+    keys = {n: key_of(job, of(n), luck) for n in names}
+    due = [n for n in names if anew or not is_fresh(job, stem_of(job, n, days), keys[n])]
     if not due: return None
     p = read_panel(job, start - predictor.drift_rows * STEP, end, 'reserve', REPORT, predictor.model_hash)
     rows = np.flatnonzero(p.times >= start)
     test = p.rows(rows)
     case = Case(PORTFOLIO, test, predictor.predict(p, rows), forward_return(test, s.strategy.horizon), {x: job.store.read(x, start - WARMUP_MINUTES * MINUTE, end) for x in s.data.symbols}, market_rules(job), s, start, end,
-        origin, predictor.provenance.trials, training(job.places.models).get('lgbm', {}).get('overfitting'), funding_of(job, start, end))
-    cases = [case if n == PORTFOLIO else replace(case.part(symbols[n]), origin=of(n)) for n in due]
+        origin, predictor.provenance.trials, luck, funding_of(job, start, end))
+    cases = [replace(case if n == PORTFOLIO else case.part(symbols[n]), origin=of(n), key=keys[n]) for n in due]
     save_all([(c, stem_of(job, c.name, days)) for c in cases], job.places.data / 'results', job.say, s.model.workers)
     return p
 
@@ -122,7 +133,9 @@ def funding_of(job: Job, start: int, end: int) -> dict[str, pl.DataFrame] | None
 def measure_walk(job: Job) -> None:
     "Backtest the forecasts of the saved walk-forward over its whole span, and save the result."
     s, folder = job.s, job.places.data / 'cards'
-    walk, told = cards.read_walk_forward(folder / f'{WALK}.json'), pl.read_parquet(folder / f'{WALK}.parquet')
+    walk = cards.read_walk_forward(folder / f'{WALK}.json')
+    if not (folder / f'{WALK}.parquet').is_file(): raise Missing(f'{folder / WALK}.parquet: the forecasts of the walk-forward are not there; run `realdeal walk` again')
+    told = pl.read_parquet(folder / f'{WALK}.parquet')
     start, end = int(told['times'].min()) // DAY * DAY, (int(told['times'].max()) // DAY + 1) * DAY     # type: ignore[arg-type]
     opened: Literal['learn', 'test'] = 'test' if end > job_blocks(job).edges['test'][0] else 'learn'
     p = read_panel(job, start, end, opened, f'{WALK}, traded', '')
@@ -194,7 +207,7 @@ def judge(job: Job) -> dict[str, float]:
     board = cards.board(told.provenance, told.figures, score, latency_ms=prediction_ms(replace(predictor, kept=None), p), machine=f'{os.cpu_count()} cores, one thread', rehearsal=session if job.source != 'exchange' else None,
         uptime=session.get('uptime') if job.source == 'exchange' else None, uptime_source=job.source, uptime_hours=session.get('hours', 0.0),
         assumptions={**s.costs.model_dump(), 'fill': fill, 'latency': f'{s.orders.latency} minutes', 'accuracy': f'on the test block, {day(a)} to {day(b - 1)}',
-            'the reserve was opened for this report': f'{len(readings(job, "reserve", REPORT))} times', 'the test block was opened': f'{len(readings(job, "test"))} times'})
+            'the reserve was opened': f'{len(readings(job, "reserve"))} times, {len(readings(job, "reserve", REPORT))} for this report', 'the test block was opened': f'{len(readings(job, "test"))} times'})
     cards.write_board(job.places, board, s)
     return told.figures
 
@@ -254,41 +267,46 @@ class Pinned:
     what: Mapping[str, Any]
 
 def fingerprint(r: Result) -> str:
-    "SHA-256 (16 hex digits) of every fill and payment, and of the equity at every midnight to the cent."
+    "SHA-256 (16 hex digits) of every fill and payment, of the equity at every midnight to the cent, and of every figure to nine digits."
     lines = [f'{f.time} {f.symbol} {f.side} {f.amount:.8f} {f.price:.8f} {f.fee:.8f} {f.liquidity}' for f in r.fills] + [f'{x.time} {x.symbol} {x.cash:.8f}' for x in r.paid]
-    return sha256('\n'.join([*lines, *(f'{x:.2f}' for x in r.equity[1439::1440])]).encode())[:16]
+    return sha256('\n'.join([*lines, *(f'{x:.2f}' for x in r.equity[1439::1440]), *(f'{k} {v:.9g}' for k, v in sorted(r.figures.items()))]).encode())[:16]
 
-def pinned_embedded() -> Pinned:
-    "The rule that the last four hours go on, over 49 days of the embedded market, by the settings' defaults."
-    s, start = Settings().override(strategy={'decision_every': 60}), SIMULATED_START
+PERPETUAL: Mapping[str, Mapping[str, Any]] = {'orders': {'market': 'perpetual', 'execution': 'maker', 'patience': 5, 'then': 'take', 'latency': 1}, 'strategy': {'decision_every': 60, 'allow_short': True},
+    'costs': {'maker_fee': 0.0001, 'impact': 1.0, 'spread_vol': 0.2, 'participation': 0.02}}
+
+def pinned_embedded(**settings: Mapping[str, Any]) -> Pinned:
+    "The rule that the last four hours go on, over 49 days of the embedded market, by the settings' defaults but for `settings`."
+    s, start = Settings().override(**(settings or {'strategy': {'decision_every': 60}})), SIMULATED_START
     first, end = start + 11 * DAY, start + 60 * DAY
     made = generate('realistic', s.data.symbols, start, 60 * 1440, s.run.seed)
     candles = {k: frame_of(c) for k, c in made.items()}
     p = panel(candles, {}, end, start=first)
     last = p.X[:, p.names.index('ret_4h')]
-    signals = [Signal(p.symbols[g], int(t), 0.58 if x > 0 else 0.42, 'long' if x > 0 else 'flat', 0.16) for g, t, x in zip(p.group, p.times, last, strict=True)]
-    return _pinned(p, signals, candles, {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in candles}, s, first, end, {'market': 'realistic', 'settings': s.hash})
+    signals = [Signal(p.symbols[g], int(t), 0.58 if x > 0 else 0.42, 'long' if x > 0 else 'short' if s.strategy.allow_short else 'flat', 0.16) for g, t, x in zip(p.group, p.times, last, strict=True)]
+    return _pinned(p, signals, candles, {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in candles}, s, first, end, {'market': 'realistic', 'settings': s.hash},
+        {k: pl.DataFrame({'time': np.arange(start, end, 8 * HOUR), 'rate': 0.0001}) for k in candles} if s.orders.market == 'perpetual' else None)
 
 def pinned_recorded(job: Job) -> Pinned:
-    "The champion over the last ninety recorded days, read from the recorded files themselves. A champion or settings that were not accepted yet are a new look at the reserve, which is logged."
-    s, predictor, (start, end) = job.s, champion(job), report_span(job)
+    "The champion over the last ninety recorded days, read from the recorded files themselves. A champion, settings or code that were not accepted yet are a new look at the reserve, which is logged."
+    s, predictor, (start, end) = job.s, replace(champion(job), kept=None), report_span(job)
     assert job.recorded is not None
     since = start - predictor.drift_rows * STEP
     histories, rates = read_recorded(job.recorded, s.data.symbols, since - WARMUP_MINUTES * MINUTE, end)
     candles = {k: frame_of(c) for k, c in histories.items()}
     funding = {k: pl.DataFrame({'time': f.times, 'rate': f.rates}) for k, f in rates.items()}
     known = read_baseline(s).get('recorded', {}).get('what', {})
-    if (known.get('model'), known.get('settings')) != (predictor.model_hash, s.hash): log_reading(job, 'reserve', since, end, 'the gate', predictor.model_hash)
+    what = {'model': predictor.model_hash, 'settings': s.hash, 'code': code_hash(*ENGINE), 'days': f'{day(start)} to {day(end - 1)}'}
+    if any(known.get(k) != v for k, v in what.items()): log_reading(job, 'reserve', since, end, 'the gate', predictor.model_hash)
     p = panel(candles, funding, end, start=since)
     rows = np.flatnonzero(p.times >= start)
     rules = {k: MarketRules(**v) for k, v in known['rules'].items()} if 'rules' in known else market_rules(job)
-    return _pinned(p.rows(rows), predictor.predict(p, rows), candles, rules, s, start, end, {'model': predictor.model_hash, 'settings': s.hash, 'days': f'{day(start)} to {day(end - 1)}', 'rules': {k: asdict(v) for k, v in rules.items()}},
+    return _pinned(p.rows(rows), predictor.predict(p, rows), candles, rules, s, start, end, {**what, 'rules': {k: asdict(v) for k, v in rules.items()}},
         funding if s.orders.market == 'perpetual' else None)
 
 def _pinned(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataFrame], rules: Mapping[str, MarketRules], s: Settings, start: int, end: int, what: Mapping[str, Any], funding: Mapping[str, pl.DataFrame] | None = None) -> Pinned:
     r = backtest(p, signals, candles, rules, s, start, end, funding)
     score = direction_score(p, signals, forward_return(p, s.strategy.horizon), s)
-    return Pinned({'accuracy': score['accuracy'], **{k: r.figures[k] for k in ('sharpe', 'max_drawdown', 'total_return', 'trades')}}, fingerprint(r), what)
+    return Pinned({'accuracy': score['accuracy'], **{k: r.figures[k] for k in ('sharpe', 'max_drawdown', 'total_return', 'trades', 'fees', 'funding', 'maker_share')}}, fingerprint(r), what)
 
 def frame_of(c: Candles) -> pl.DataFrame: return pl.DataFrame({x: getattr(c, x) for x in ('time', 'open', 'high', 'low', 'close', 'volume')}).with_columns(origin=pl.lit('venue'))
 
@@ -299,30 +317,37 @@ def read_baseline(s: Settings) -> dict[str, Any]:
     except ValueError as e: raise BadData(f'{s.reports_dir / BASELINE}: not a baseline: {e}') from None
     return told
 
-def fallen(was: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+def fallen(was: Mapping[str, float | None], now: Mapping[str, float | None]) -> list[str]:
     "Figures of GATED that fell by more than FALL, in words."
-    def worse(k: str) -> float: return (was[k] - now[k]) * (1 if GATED[k] == 'high' else -1)
-    return [f'{k} {was[k]:.4g} -> {now[k]:.4g}, worse by {worse(k) / max(abs(was[k]), 1e-12):.0%} (at most {FALL:.0%})' for k in GATED if not worse(k) <= FALL * abs(was[k])]
+    def value(x: Mapping[str, float | None], k: str) -> float: return math.nan if (v := x.get(k)) is None else v
+    def worse(k: str) -> float: return (value(was, k) - value(now, k)) * (1 if GATED[k] == 'high' else -1)
+    return [f'{k} {value(was, k):.4g} -> {value(now, k):.4g}, worse by {worse(k) / max(abs(value(was, k)), 1e-12):.0%} (at most {FALL:.0%})' for k in GATED if not worse(k) <= FALL * abs(value(was, k)) and not math.isnan(value(was, k))]
 
 def pinned(job: Job | None) -> dict[str, Pinned]:
     "What can be computed here; `job`: where the recorded candles are."
-    return {'embedded': pinned_embedded(), **({'recorded': pinned_recorded(job)} if job else {})}
+    return {'embedded': pinned_embedded(), 'embedded perpetual': pinned_embedded(**PERPETUAL), **({'recorded': pinned_recorded(job)} if job else {})}
 
 def gate(s: Settings, job: Job | None) -> dict[str, list[str]]:
     "For each pinned backtest what speaks against it; all empty when the gate is green."
+    return _against(s, pinned(job))
+
+def _against(s: Settings, now: Mapping[str, Pinned]) -> dict[str, list[str]]:
     known, found = read_baseline(s), dict[str, list[str]]()
-    for name, x in pinned(job).items():
+    for name, x in now.items():
         if name not in known:
             found[name] = [f'{s.paths.reports / BASELINE}: no baseline of it; make one with `realdeal kpi --accept WHY`']
             continue
         was = known[name]
-        changed = [] if was['fingerprint'] == x.fingerprint else [f'its fills or its equity changed ({was["fingerprint"]} -> {x.fingerprint}); if that is meant, say why with `realdeal kpi --accept WHY`']
+        other = [f'{k} {was["what"].get(k)} -> {v}' for k, v in x.what.items() if k not in ('rules', 'code') and was['what'].get(k) != v]
+        changed = [] if was['fingerprint'] == x.fingerprint else [f'its fills, equity or figures changed ({was["fingerprint"]} -> {x.fingerprint}{"; " if other else ""}{", ".join(other)}); if that is meant, say why with `realdeal kpi --accept WHY`']
         found[name] = [*fallen(was['figures'], x.figures), *changed]
     return found
 
-def accept(s: Settings, job: Job | None, why: str) -> Path:
-    "Make what is computed now the baseline. `why` is kept in the file."
+def accept(s: Settings, job: Job | None, why: str) -> dict[str, list[str]]:
+    "Make what is computed now the baseline, and tell what spoke against it. `why` is kept in the file."
     if not why.strip(): raise BadSetting('--accept: say why')
     known, now = read_baseline(s), pinned(job)
     line = {'at': datetime.now(UTC).isoformat(timespec='seconds'), 'why': why, **{k: f'{known.get(k, {}).get("fingerprint", "none")} -> {x.fingerprint}' for k, x in now.items()}}
-    return write_atomic(s.reports_dir / BASELINE, json.dumps({**known, **{k: asdict(x) for k, x in now.items()}, 'history': [*known.get('history', []), line]}, indent=1, allow_nan=False) + '\n')
+    told = _against(s, now)
+    write_atomic(s.reports_dir / BASELINE, json.dumps({**known, **{k: pages.plain(asdict(x)) for k, x in now.items()}, 'history': [*known.get('history', []), line]}, indent=1, allow_nan=False) + '\n')
+    return told

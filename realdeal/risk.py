@@ -22,10 +22,10 @@ def wanted_weight(signal: Signal, sigma: float, horizon: int, s: Strategy) -> fl
     annual = sigma * (YEAR_MINUTES / horizon) ** 0.5
     return sign * min(s.max_weight, s.target_vol / annual)
 
-def cap_gross(weights: Mapping[str, float], max_gross: float) -> dict[str, float]:
+def cap_gross(weights: Mapping[str, float], max_gross: float) -> Mapping[str, float]:
     "Weights scaled down together so that their absolute sum is at most `max_gross`."
     gross = sum(map(abs, weights.values()))
-    return dict(weights) if gross <= max_gross else {k: w * max_gross / gross for k, w in weights.items()}
+    return weights if gross <= max_gross else {k: w * max_gross / gross for k, w in weights.items()}
 
 # %% ../nbs/28_risk.ipynb #e679413a
 @dataclass(frozen=True)

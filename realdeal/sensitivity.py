@@ -19,12 +19,12 @@ from .fills import Met, Terms, is_over, meet, terms_of
 from .orders import wanted
 from .performance import best_by_luck, closed_trades, daily_returns, deflated_sharpe, difference, drawdown, intervals, sharpe, shuffled_drawdowns, windows
 from .settings import Settings
-from .types import HOUR, MINUTE, Account, MarketRules, Signal
+from .types import HOUR, MINUTE, Account, BadData, MarketRules, Signal
 
 # %% auto #0
 __all__ = ['FEES', 'SLIPPAGES', 'SPREADS', 'LATENCIES', 'WAYS', 'Targets', 'targets_of', 'targets_at', 'Curve', 'Columns', 'Cell',
            'passes', 'grid', 'Outcome', 'outcome', 'sweep', 'break_even', 'trend_targets', 'hour_closes',
-           'hold_targets', 'rule_curve', 'canary', 'inquire']
+           'hold_targets', 'rule_curve', 'sung', 'canary', 'inquire']
 
 # %% ../nbs/34_sensitivity.ipynb #672aabd8
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ def _pass(now: np.ndarray, every: int, weights: np.ndarray, prices: np.ndarray, 
         if d < len(now) and now[d] == i:
             worth = cash
             for j in range(s): worth += held[j] * prices[d, j]
-            amounts = wanted(weights[d], held, prices[d], lots, least, cash, worth, band, terms[0].spot)
-            for j in range(s): left[j], sign[j], age[j] = abs(amounts[j]), 1 if amounts[j] > 0 else -1, 0
+            if worth > 0.0:
+                amounts = wanted(weights[d], held, prices[d], lots, least, cash, worth, band, terms[0].spot)
+                for j in range(s): left[j], sign[j], age[j] = abs(amounts[j]), 1 if amounts[j] > 0 else -1, 0
+            else: left[:] = 0.0
             begin, end, d = i + latency, i + every, d + 1
         while f < len(due) and due[f, 0] == i:
             cash -= held[due[f, 1]] * x.open[i, due[f, 1]] * rates[f]
@@ -111,17 +113,17 @@ def _compiled() -> Any:
         meet=together(rules_of_fills.meet, round_down=down, taker_price=price, quote_price=quote, traded_through=through))
 
 class Cell(NamedTuple):
-    "Costs of one pass, as fractions of the price: `fee` (the maker's is left as it is), `slippage`; `spread`: times what it was; `latency` in minutes. None: as it was."
+    "Costs of one pass, as fractions of the price: `fee` (the maker's as well where orders are a maker's), `slippage`; `spread`: times what it was; `latency` in minutes. None: as it was."
     fee: float | None = None
     slippage: float | None = None
     spread: float = 1.0
     latency: int | None = None
 
     def terms(self, t: Terms) -> Terms:
-        return t._replace(taker_fee=t.taker_fee if self.fee is None else self.fee, slippage=t.slippage if self.slippage is None else self.slippage, latency=t.latency if self.latency is None else self.latency)
+        return t._replace(taker_fee=t.taker_fee if self.fee is None else self.fee, maker_fee=self.fee if self.fee is not None and t.maker else t.maker_fee, slippage=t.slippage if self.slippage is None else self.slippage, latency=t.latency if self.latency is None else self.latency)
 
-def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, cells: Sequence[Cell] = (Cell(),), funding: Mapping[str, pl.DataFrame] | None = None, compiled: bool = True) -> Iterator[Curve]:
-    "The curve of each cell, with these targets."
+def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, cells: Sequence[Cell] = (Cell(),), funding: Mapping[str, pl.DataFrame] | None = None, compiled: bool = True, every: int | None = None) -> Iterator[Curve]:
+    "The curve of each cell, with these targets. `every`: minutes after which an order is over; default: the next decision's."
     order = sorted(range(len(t.symbols)), key=lambda j: t.symbols[j])
     def by_name(a: np.ndarray) -> np.ndarray: return np.ascontiguousarray(a[:, order])
     named = [t.symbols[j] for j in order]
@@ -131,7 +133,7 @@ def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, c
     run = _compiled() if compiled else _pass
     for c in cells:
         here = minutes if c.spread == 1 else minutes._replace(half_spread=minutes.half_spread * c.spread)
-        yield Curve(*run((x.times - t.times[0]) // MINUTE, s.strategy.decision_every, by_name(x.weights), by_name(x.prices), here, at, rates, tuple(c.terms(terms_of(s, rules[k])) for k in named),
+        yield Curve(*run((x.times - t.times[0]) // MINUTE, every or s.strategy.decision_every, by_name(x.weights), by_name(x.prices), here, at, rates, tuple(c.terms(terms_of(s, rules[k])) for k in named),
             np.array([rules[k].lot for k in named]), np.array([rules[k].min_notional for k in named]), t.first[order], s.strategy.band, s.risk.capital))
 
 # %% ../nbs/34_sensitivity.ipynb #3868a8c4
@@ -140,9 +142,13 @@ FEES, SLIPPAGES, SPREADS, LATENCIES = (0.0, 0.0002, 0.0005, 0.001, 0.002), (0.0,
 def grid(s: Settings, *, corners: bool = False) -> list[Cell]:
     "500 cells: fee x slippage x spread x latency, fewer where an order would not be over before the next decision; or only the least and the most of each."
     room = s.strategy.decision_every - (s.orders.patience if s.orders.execution == 'maker' else 0)
-    late = tuple(m for m in LATENCIES if m < room)
-    def step(axis: tuple[Any, ...]) -> int: return max(1, len(axis) - 1) if corners else 1
-    return [Cell(f, p, w, m) for f in FEES[::step(FEES)] for p in SLIPPAGES[::step(SLIPPAGES)] for w in SPREADS[::step(SPREADS)] for m in late[::step(late)]]
+    def axis(values: Sequence[Any], as_set: Any) -> list[Any]:
+        near = min(range(len(values)), key=lambda i: abs(values[i] - as_set))      # what is set stands among them, in the place of its neighbour
+        made = sorted({*values[:near], as_set, *values[near + 1:]})
+        return [made[0], made[-1]] if corners and len(made) > 1 else made
+    fee = s.costs.maker_fee if s.orders.execution == 'maker' else s.costs.taker_fee
+    late = axis([m for m in LATENCIES if m < room], s.orders.latency)
+    return [Cell(f, p, w, m) for f in axis(FEES, fee) for p in axis(SLIPPAGES, s.costs.slippage) for w in axis(SPREADS, 1.0) for m in late]
 
 @dataclass(frozen=True)
 class Outcome:
@@ -161,11 +167,11 @@ def sweep(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, ce
     return [outcome(cell, c, t, s.risk.capital) for cell, c in zip(cells, passes(x, t, rules, s, cells, funding), strict=True)]
 
 def break_even(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, funding: Mapping[str, pl.DataFrame] | None = None, most: float = 0.02) -> float | None:
-    "The fee of a taker (fraction, without spread and slippage) at which nothing is earned and nothing lost, to a hundredth of a basis point; None: lost even without any cost; `most`: more than that."
-    free = s.override(orders={'execution': 'taker'})
+    "The cost of a side (fraction), for takers at the next open, at which nothing is earned and nothing lost, to a hundredth of a basis point; None: lost even without any cost; `most`: more than that."
+    free = s.override(orders={'execution': 'taker', 'latency': 0}, costs={'impact': 0.0})
     def made(fee: float) -> float: return sweep(x, t, rules, free, [Cell(fee, 0.0, 0.0)], funding)[0].total_return
     low, high = 0.0, most
-    if made(low) <= 0: return None
+    if made(low) < 0: return None
     if made(high) > 0: return most
     while high - low > 1e-6: low, high = (mid, high) if made(mid := (low + high) / 2) > 0 else (low, mid)
     return low
@@ -196,10 +202,15 @@ def hold_targets(t: Tape) -> Targets:
     return targets_at(t.times[:1], np.full((1, len(t.symbols)), 1 / len(t.symbols)), t)
 
 def rule_curve(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings) -> Curve:
-    "A simple rule by the costs and the execution of the settings, on spot, without a no-trade band of a strategy's own but the 5 % of the trend rule."
-    return next(passes(x, t, rules, s.override(orders={'market': 'spot'}, strategy={'allow_short': False, 'band': 0.05, 'decision_every': 15})))
+    "A simple rule by the costs of the settings, as a taker on spot; its orders work until they are filled or decided anew. Whoever decides once has no no-trade band, others have one of 5 %."
+    there = s.override(orders={'market': 'spot', 'execution': 'taker', 'latency': 0}, strategy={'allow_short': False, 'band': 0.05 if len(x.times) > 1 else 0.0})
+    return next(passes(x, t, rules, there, every=len(t.times)))
 
 # %% ../nbs/34_sensitivity.ipynb #2992f89a
+def sung(knows: float, knew: float) -> None:
+    "BadData when the late oracle earns as one that knows."
+    if knew > max(5.0, knows / 2): raise BadData(f'an oracle that is one step late has a Sharpe ratio of {knew:.1f}, one that knows has {knows:.1f}: some fill is made at a price of the past')
+
 def canary(t: Tape, rules: Mapping[str, MarketRules], s: Settings) -> tuple[float, float]:
     "Sharpe ratio, without costs, of the oracle and of the oracle that is one decision late, over the first 90 days: later it would own the market."
     every, most = s.strategy.decision_every, 90 * 1440
@@ -220,7 +231,8 @@ def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Ma
     intervals: of the ratios. rules: (name, total return, sharpe, drawdown, difference of the Sharpe ratios with its interval). luck: best_of: the Sharpe ratio expected of the best of `trials` worthless ones;
     deflated: probability to be above it. orders_of_trades: median and 95th percentile of the drawdown. windows: of 90 days. grid: (fee, slippage, spread, latency, total return, sharpe, drawdown);
     corners: (fee, slippage, spread, latency, total return with targets held fixed, total return folded anew). ways: (name, total return, sharpe, drawdown, fees, share as a maker)."""
-    cash, fixed, enough = s.risk.capital, targets_of(r.steps, t), len(t.times) >= 2 * 1440
+    cash, fixed, enough, sings = s.risk.capital, targets_of(r.steps, t), len(t.times) >= 2 * 1440, canary(t, rules, s)
+    sung(*sings)
     days = daily_returns(t.times, r.equity, cash)[1]
     simple = {'buy and hold': hold_targets(t), 'trend of a week': trend_targets(t, hour_closes(candles, int(t.times[0]), int(t.times[-1]) + MINUTE), s)}
     curves = {k: rule_curve(x, t, rules, s).equity for k, x in simple.items()}
@@ -232,19 +244,20 @@ def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Ma
         equity = accounts([f for x in steps for f in x.fills], tape, cash, [f for x in steps for f in x.paid])[1]
         return outcome(Cell(), Curve(equity, equity, 0.0, 0.0, 0), tape, cash), steps
     def corner(c: Cell) -> list[float]:
-        costs = {'taker_fee': c.fee, 'slippage': c.slippage}
+        costs = {'taker_fee': c.fee, 'slippage': c.slippage, **({'maker_fee': c.fee} if s.orders.execution == 'maker' else {})}
         there, _ = anew(s.override(costs=costs, orders={'latency': c.latency}), replace(t, half_spread=t.half_spread * c.spread))
         return [*map(float, (c.fee or 0.0, c.slippage or 0.0, c.spread, c.latency or 0)), sweep(fixed, t, rules, s, [c], funding)[0].total_return, there.total_return]
     def way(name: str, how: Mapping[str, Any]) -> list[Any]:
-        settings = s.override(orders={**how, 'patience': min(s.orders.patience, s.strategy.decision_every - s.orders.latency - 1)})
+        settings = s.override(orders={**how, 'patience': min(s.orders.patience, max(1, room))})
         x, steps = anew(settings, t)
         fills = [f for y in steps for f in y.fills]
         value = sum(f.amount * f.price for f in fills)
         return [name, x.total_return, x.sharpe, x.max_drawdown, sum(f.fee for f in fills), sum(f.amount * f.price for f in fills if f.liquidity == 'maker') / value if value else 0.0]
-    gains, seen = closed_trades(r.fills) / cash, windows(days)
+    room, (closed, profits), seen = s.strategy.decision_every - s.orders.latency - 1, closed_trades(r.fills), windows(days)
+    gains = profits / r.equity[(closed - int(t.times[0])) // MINUTE]
     falls = shuffled_drawdowns(gains, s.run.seed) if len(gains) else np.zeros(1)
     return {'intervals': {k: list(v) for k, v in intervals(days, s.run.seed).items()} if enough else {}, 'rules': [judged(k, c) for k, c in curves.items()],
         'luck': {'trials': trials, 'best_of': best_by_luck(trials, 1 / math.sqrt(max(1, len(days) - 1))) * math.sqrt(365), 'deflated': deflated_sharpe(days, trials)},
         'orders_of_trades': [float(np.median(falls)), float(np.quantile(falls, 0.95))], 'windows': {k: v.round(6).tolist() for k, v in seen.items()},
         'grid': [[*map(float, (x.cell.fee or 0.0, x.cell.slippage or 0.0, x.cell.spread, x.cell.latency or 0)), x.total_return, x.sharpe, x.max_drawdown] for x in sweep(fixed, t, rules, s, grid(s), funding)],
-        'corners': [corner(c) for c in grid(s, corners=True)], 'break_even': break_even(fixed, t, rules, s, funding), 'ways': [way(k, v) for k, v in WAYS.items()], 'canary': list(canary(t, rules, s))}, curves
+        'corners': [corner(c) for c in grid(s, corners=True)], 'break_even': break_even(fixed, t, rules, s, funding), 'ways': [way(k, v) for k, v in WAYS.items() if room > 0 or v['execution'] == 'taker'], 'canary': list(sings)}, curves

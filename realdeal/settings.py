@@ -201,9 +201,9 @@ def find_settings(start: Path | None = None) -> Path:
         if (d / 'settings.ini').is_file(): return d / 'settings.ini'
     raise BadSetting(f'settings.ini: not found in {here} or above it; give --settings PATH')
 
-def _pick_costs(values: dict[str, Any], where: str) -> None:
-    "Lay the section [costs VENUE] of the orders' venue over [costs]; those of other venues are checked and left."
-    venue = values.get('orders', {}).get('venue', Orders().venue)
+def _pick_costs(values: dict[str, Any], where: str, venue: str) -> None:
+    "Lay the section [costs VENUE] of the orders' venue (`venue`, if the environment names one) over [costs]; those of other venues are checked and left."
+    venue = venue or values.get('orders', {}).get('venue', Orders().venue)
     for name in [n for n in values if n.startswith('costs ')]:
         own = values.pop(name)
         _validate({'costs': own}, f'{where}: [{name}]')
@@ -216,9 +216,9 @@ def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None 
     try: ini.read_string(file.read_text())
     except (OSError, configparser.Error, UnicodeDecodeError) as e: raise BadSetting(f'{file.name}: cannot be read: {str(e).splitlines()[0]}') from None
     values: dict[str, Any] = {s: dict(ini[s]) for s in ini.sections()}
-    _pick_costs(values, file.name)
-    base = _validate({**values, 'home': file.parent}, file.name)
     over = _from_env(os.environ if env is None else env)
+    _pick_costs(values, file.name, over.get(('orders', 'venue'), ''))
+    base = _validate({**values, 'home': file.parent}, file.name)
     for (section, key), text in over.items(): values.setdefault(section, {})[key] = text
     made = _validate({**values, 'home': file.parent}, 'environment') if over else base
     for section, key in over:

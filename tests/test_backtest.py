@@ -538,11 +538,11 @@ def test_closed_trades_add_up_to_the_money(seed):
     for x in (X, Y):
         held = sum(f.sign * f.amount for f in fills if f.symbol == x)
         if held: fills.append(Fill('', x, 'sell' if held > 0 else 'buy', abs(held), 100.0, 0.5, START + DAY - MINUTE))
-    assert perf.closed_trades(fills).sum() == pytest.approx(sum(f.cash for f in fills))
+    assert perf.closed_trades(fills)[1].sum() == pytest.approx(sum(f.cash for f in fills))
     trips = [(float(rng.uniform(90, 110)), float(rng.uniform(90, 110)), int(rng.choice([-1, 1]))) for _ in range(30)]
     there_and_back = [f for a, b, sign in trips for f in (Fill('', X, 'buy' if sign > 0 else 'sell', 2.0, a, 0.3, START), Fill('', X, 'sell' if sign > 0 else 'buy', 2.0, b, 0.1, START))]
     profits = [2 * sign * (b - a) - 0.4 for a, b, sign in trips]
-    assert perf.closed_trades(there_and_back) == pytest.approx(profits)
+    assert perf.closed_trades(there_and_back)[1] == pytest.approx(profits)
     f = of_days(np.array([0.1, -0.05]), there_and_back)
     assert f['hit_rate'] == np.mean([x > 0 for x in profits]) and f['profit_factor'] == pytest.approx(sum(x for x in profits if x > 0) / -sum(x for x in profits if x < 0)) and (f['trades'], f['closed']) == (60, 30)
     assert f['turnover'] == pytest.approx(sum(2 * (a + b) for a, b, _ in trips) / np.mean([1100, 1045]) / 2)

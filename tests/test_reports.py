@@ -84,7 +84,7 @@ def test_a_simulated_page_says_so_and_judges_nothing(made):
 def test_a_recorded_page_is_judged_and_escapes(made):
     page, text = made[1]['portfolio'].read_text(), made[1]['portfolio'].with_suffix('.md').read_text()
     assert 'SIMULATED' not in page and 'On recorded prices' in page
-    assert '✘ **Sharpe ratio, 90 days** 1.90: missed' in text and '✔ **Deepest drawdown** 5.0 %: met' in text
+    assert '✘ **Sharpe ratio, 92 days** 1.90: missed' in text and '✔ **Deepest drawdown** 5.0 %: met' in text
     assert '1 met, 2 missed' in text
 
 
