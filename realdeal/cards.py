@@ -144,7 +144,7 @@ def tear_sheet(folder: Path, name: str, out: Path, s: Settings) -> Path | None:
         import quantstats as qs
         qs.reports.html(daily('equity'), benchmark=daily('hold'), output=f'{d}/sheet.html', periods_per_year=365, match_dates=False, title=f'{name}: quantstats', strategy_title=name, benchmark_title='buy and hold')
         page = Path(d, 'sheet.html').read_text()
-    page = re.sub(r'<link rel="(shortcut )?icon"[^>]*>', '<link rel="icon" href="data:,">', page).replace('<head>', f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1)
+    page = re.sub(r' on\w+="[^"]*"', '', re.sub(r'<link rel="(shortcut )?icon"[^>]*>', '<link rel="icon" href="data:,">', page)).replace('<head>', f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1)
     return write_atomic(out, check_offline(re.sub(r'(<body[^>]*>)', lambda m: m[1] + banner(x.provenance).html, page, count=1), out.name))
 
 # %% ../nbs/36_cards.ipynb #1f285fd7
