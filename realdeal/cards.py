@@ -101,7 +101,7 @@ def load_result(folder: Path, name: str) -> Shown:
     try:
         page = json.loads(file.read_text())
         made = Shown(page['name'], tuple(page['symbols']), pl.DataFrame(), pl.DataFrame(), _numbers(page['figures']), _numbers(page['score']),
-            Provenance.model_validate(page['provenance']), page['settings'], page['note'], page['found'], page['key'])
+            Provenance.model_validate(page['provenance']), page['settings'], page['note'], page.get('found', {}), page.get('key', ''))
         written = page['sha256']
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise BadData(f'{file}: not a saved result: {str(e).splitlines()[0]}') from None
     if written != _sum(frames) or made.name != name: raise BadData(f'{file}: its Parquet files are damaged or of another backtest; run the backtest again')

@@ -81,7 +81,7 @@ def test_models_are_not_judged_on_what_they_learned(demo: Demo, tmp_path: Path) 
     """A longer test block reaches into the days the champions were trained on: refused, and nothing is written."""
     from dataclasses import replace
 
-    from realdeal import job as jobs
+    from realdeal import results as jobs
 
     longer = replace(demo.job, s=demo.job.s.override(model={"test_days": 6}, paths={"reports": str(tmp_path / "reports")}))
     with pytest.raises(Refused, match="the model learned until"): jobs.judge(longer)
@@ -125,7 +125,7 @@ def test_every_look_at_a_block_that_judges_is_logged(demo: Demo, tmp_path: Path)
     assert [x["why"] for x in readings(demo.job, "test")] == ["model cards"]
     assert {x["why"] for x in readings(demo.job, "reserve")} == {"the 90-day report", "parity of the paper session"}
     board = json.loads((demo.reports / "kpi.json").read_text())
-    assert board["assumptions"]["the reserve was opened for this report"] == "1 times"
+    assert board["assumptions"]["the reserve was opened"] == "2 times, 1 for this report"
     start, end = report_span(demo.job)
     with pytest.raises(Refused, match="what is opened ends on"): read_panel(demo.job, start, end, "test", "curiosity")
     assert len(readings(demo.job, "test")) == 1, "a refused look is none"
@@ -193,7 +193,7 @@ def test_a_report_is_drawn_alone(demo: Demo) -> None:
     page = demo.reports / "backtests/6d_ETHUSDT.html"
     before = page.read_bytes()
     page.unlink()
-    done = realdeal("report", "--source", "simulated", *DEMO[1:-2], "--symbol", "ETH/USDT", home=demo.home)
+    done = realdeal("report", "--source", "simulated", *("--candles" if x == "--days" else x for x in DEMO[1:-2]), "--symbol", "ETH/USDT", home=demo.home)
     assert done.returncode == 0, done.stderr
     assert hashlib.sha256(page.read_bytes()).digest() == hashlib.sha256(before).digest(), "the same data, the same bytes"
 

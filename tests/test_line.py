@@ -13,7 +13,7 @@ from conftest import Demo
 from realdeal.emulator import SIMULATED_START, serve
 from realdeal.ensemble import EnsemblePredictor, load_predictor
 from realdeal.exchange import Clock, Exchange
-from realdeal.job import check_parity, paper_key, session_file
+from realdeal.results import check_parity, paper_key, session_file
 from realdeal.live import Runner, remember, run_steps
 from realdeal.market import funding, generate
 from realdeal.plan import market_rules
@@ -128,7 +128,7 @@ def test_session_is_computed_again(demo: Demo) -> None:
 @pytest.mark.parametrize("feature", ["ret_5m", "vol_4h_7d", "hour_sin"])
 def test_parity_sees_a_hair(demo: Demo, monkeypatch: pytest.MonkeyPatch, feature: str) -> None:
     """One feature that is computed differently live, by a hair, turns parity red and is named."""
-    from realdeal import job as jobs
+    from realdeal import results as jobs
 
     real = jobs.read_panel
 
