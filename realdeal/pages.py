@@ -11,7 +11,7 @@ from functools import cache
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np, polars as pl
 from .provenance import Provenance, Source, guard_place
 from .settings import Settings
@@ -29,7 +29,7 @@ __all__ = ['Status', 'MARKS', 'STAMP', 'PLOTLY', 'NUMBER', 'Light', 'INK', 'MUTE
            'FONT', 'Interval', 'LOADER', 'STYLE', 'POLICY', 'DATA_BLOCKS', 'MAX_PAGE', 'plain', 'show', 'md_table',
            'Piece', 'table', 'paragraph', 'banner', 'pile', 'interval', 'bp', 'between', 'traffic', 'figure', 'label',
            'dates', 'picture', 'thin', 'dots', 'accuracy_and_net', 'interactive', 'check_offline', 'execute_report',
-           'Report', 'execute_reports']
+           'Report', 'Drawing', 'execute_reports']
 
 # %% ../nbs/35_pages.ipynb #0a6bc88b
 Status = Literal['met', 'missed', 'not measured']
@@ -351,17 +351,25 @@ class Report:
         try: return execute_report(self.template, self.out, self.parameters, self.settings, self.source, title=self.title, text=self.text), ''
         except Stop as e: return self.out, str(e)
 
-def execute_reports(jobs: Sequence[Report], say: Callable[[str], None] = print, workers: int = 2) -> list[Path]:
+class Drawing(Protocol):
+    "Something to draw: where it will be, and how it is made."
+    @property
+    def out(self) -> Path: ...
+    def run(self) -> tuple[Path, str]: ...
+
+def execute_reports(jobs: Sequence[Drawing], say: Callable[[str], None] = print, workers: int = 2) -> list[Path]:
     "Execute all jobs in at most `workers` processes; Stop at the end if any failed."
     if not jobs: return []
     from joblib import Parallel, delayed
     failed = []
     try:
-        done = Parallel(n_jobs=min(workers, len(jobs)), return_as='generator_unordered')(delayed(Report.run)(j) for j in jobs)
+        done = Parallel(n_jobs=min(workers, len(jobs)), return_as='generator_unordered')(delayed(_drawn)(j) for j in jobs)
         for n, (out, why) in enumerate(done, 1):
             say(f'report {n}/{len(jobs)}{" failed" if why else ""}: {os.path.relpath(out)}{why and ": " + why}')
             if why: failed.append(why)
     except Stop: raise
     except Exception as e: raise Stop(f'reports: a worker process ended: {str(e).splitlines()[0]}') from None
     if failed: raise Stop(f'{len(failed)} of {len(jobs)} reports failed: {"; ".join(failed)}')
-    return [j.out for j in jobs]
+    return [j.out for j in jobs if j.out.exists()]
+
+def _drawn(j: Drawing) -> tuple[Path, str]: return j.run()

@@ -26,13 +26,14 @@ from .sensitivity import inquire
 from .settings import Settings
 from .store import Journal, write_atomic
 from .training import WALK, score_cards, training
-from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, slug
+from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, Stop, slug
 
 # %% auto #0
 __all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'only', 'Case', 'save_all', 'champion',
            'stem_of', 'key_of', 'is_fresh', 'measure', 'funding_of', 'measure_walk', 'prediction_ms', 'check_parity',
-           'session_file', 'paper_key', 'judge', 'page_of', 'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint',
-           'pinned_embedded', 'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate', 'accept']
+           'session_file', 'paper_key', 'judge', 'page_of', 'Sheet', 'draw_walk', 'draw', 'report', 'Pinned',
+           'fingerprint', 'pinned_embedded', 'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate',
+           'accept']
 
 # %% ../nbs/42_results.ipynb #29bbc3f5
 REPORT, PORTFOLIO = 'the 90-day report', 'portfolio'
@@ -227,13 +228,23 @@ def _walk_pages(job: Job) -> list[pages.Report]:
     card = [pages.Report(_template(job, WALK), job.places.reports / 'model_cards' / f'{WALK}.html', {'walk': str(made / 'cards' / f'{WALK}.json')}, job.s, job.source, text=True)] if (made / 'cards' / f'{WALK}.json').exists() else []
     return [*card, *([_backtest_page(job, page_of(job, WALK))] if (made / 'results' / f'{WALK}.json').exists() else [])]
 
+@dataclass(frozen=True)
+class Sheet:
+    "quantstats' tear sheet of a saved result."
+    folder: Path
+    name: str
+    out: Path
+    settings: Settings
+
+    def run(self) -> tuple[Path, str]:
+        try: cards.tear_sheet(self.folder, self.name, self.out, self.settings)
+        except Stop as e: return self.out, str(e)
+        return self.out, ''
+
 def _drawn(job: Job, reports: Sequence[pages.Report]) -> list[Path]:
-    "The pages, and beside each backtest quantstats' tear sheet."
-    from joblib import Parallel, delayed
-    out, results = pages.execute_reports(reports, job.say, job.s.model.workers), job.places.data / 'results'
-    sheets = [r.out for r in reports if r.template.stem == 'backtest']
-    Parallel(n_jobs=max(1, min(job.s.model.workers, len(sheets))))(delayed(cards.tear_sheet)(results, f.stem, f.with_name(f'{f.stem}_tearsheet.html'), job.s) for f in sheets)
-    return out
+    "The pages, and beside each backtest its tear sheet."
+    sheets = [Sheet(job.places.data / 'results', r.out.stem, r.out.with_name(f'{r.out.stem}_tearsheet.html'), job.s) for r in reports if r.template.stem == 'backtest']
+    return pages.execute_reports([*reports, *sheets], job.say, job.s.model.workers)
 
 def draw_walk(job: Job) -> list[Path]:
     "The pages of the saved walk-forward."
