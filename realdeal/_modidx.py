@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'realdeal.market.volatility': ('market.html#volatility', 'realdeal/market.py')},
             'realdeal.orders': { 'realdeal.orders.advance': ('orders.html#advance', 'realdeal/orders.py'),
                                  'realdeal.orders.client_id': ('orders.html#client_id', 'realdeal/orders.py'),
+                                 'realdeal.orders.multiple': ('orders.html#multiple', 'realdeal/orders.py'),
                                  'realdeal.orders.plan': ('orders.html#plan', 'realdeal/orders.py'),
                                  'realdeal.orders.round_down': ('orders.html#round_down', 'realdeal/orders.py'),
                                  'realdeal.orders.wanted': ('orders.html#wanted', 'realdeal/orders.py')},

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 import polars as pl
-from .orders import round_down
+from .orders import multiple, round_down
 from .settings import Costs, Settings
 from .types import Fill, Intent, MarketRules
 
@@ -68,7 +68,7 @@ def taker_price(sign: int, amount: float, m: Met, t: Terms) -> float:
 def quote_price(sign: int, m: Met, t: Terms) -> float:
     "The price at which a maker buys (sign 1) or sells (sign -1) in the minute."
     steps = m.before * (1.0 - sign * m.half_before) / t.tick
-    return round((math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9)) * t.tick, 12)
+    return multiple(math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9), t.tick)
 
 def traded_through(sign: int, price: float, m: Met, t: Terms) -> bool:
     "Whether the market went past a resting order by the margin."

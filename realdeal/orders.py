@@ -12,7 +12,7 @@ from .settings import Settings
 from .types import Account, BuySell, Decision, Intent, MarketRules, Order, OrderKind, OrderStatus, Refused
 
 # %% auto #0
-__all__ = ['Numbers', 'client_id', 'round_down', 'wanted', 'plan', 'advance']
+__all__ = ['Numbers', 'client_id', 'multiple', 'round_down', 'wanted', 'plan', 'advance']
 
 # %% ../nbs/30_orders.ipynb #e905d33f
 def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, attempt: int = 0) -> str:
@@ -20,11 +20,14 @@ def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, at
     return 'rd' + hashlib.sha256(f'{account}|{stage}|{symbol}|{time}|{leg}|{attempt}'.encode()).hexdigest()[:28]
 
 # %% ../nbs/30_orders.ipynb #05723175
-def round_down(x: float, step: float) -> float:
-    "The largest multiple of `step` that is not above `x`, free of binary dust."
-    steps = x / step
-    whole, parts = math.floor(steps + max(1e-9, 1e-12 * steps)), round(1.0 / step)
+def multiple(whole: int, step: float) -> float:
+    "`whole` times `step`, free of binary dust."
+    parts = round(1.0 / step)
     return whole / parts if step < 1.0 and abs(parts * step - 1.0) < 1e-12 else round(whole * step, 12)      # 0.1 is no binary number, 10 is
+
+def round_down(x: float, step: float) -> float:
+    "The largest multiple of `step` that is not above `x`."
+    return multiple(math.floor(x / step + max(1e-9, 1e-12 * x / step)), step)
 
 Numbers = Sequence[float] | np.ndarray
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64, gzip, hashlib, io, json, math, os, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -209,7 +208,6 @@ LOADER = """(async () => {
   document.body.dataset.drawn = 'yes';
 })();"""
 
-@cache
 def _plotly() -> tuple[str, str]:
     "plotly's script, compressed and in base64, and the hash a policy knows it by."
     from plotly.offline import get_plotlyjs

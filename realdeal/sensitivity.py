@@ -107,20 +107,22 @@ def _compiled() -> Any:
     "`_pass` with the rules it calls, compiled; once a process."
     from numba import njit
     def together(f: Any, **names: Any) -> Any: return njit(FunctionType(f.__code__, {**f.__globals__, **names}))
-    down = together(orders.round_down)
-    price, quote, through = together(rules_of_fills.taker_price), together(rules_of_fills.quote_price), together(rules_of_fills.traded_through)
+    times = together(orders.multiple)
+    down = together(orders.round_down, multiple=times)
+    price, quote, through = together(rules_of_fills.taker_price), together(rules_of_fills.quote_price, multiple=times), together(rules_of_fills.traded_through)
     return together(_pass, wanted=together(orders.wanted, round_down=down), is_over=together(rules_of_fills.is_over),
         meet=together(rules_of_fills.meet, round_down=down, taker_price=price, quote_price=quote, traded_through=through))
 
 class Cell(NamedTuple):
-    "Costs of one pass, as fractions of the price: `fee` (the maker's as well where orders are a maker's), `slippage`; `spread`: times what it was; `latency` in minutes. None: as it was."
+    "Costs of one pass, as fractions of the price: `fee` (the maker's where orders are a maker's, else the taker's), `slippage`; `spread`: times what it was; `latency` in minutes. None: as it was."
     fee: float | None = None
     slippage: float | None = None
     spread: float = 1.0
     latency: int | None = None
 
     def terms(self, t: Terms) -> Terms:
-        return t._replace(taker_fee=t.taker_fee if self.fee is None else self.fee, maker_fee=self.fee if self.fee is not None and t.maker else t.maker_fee, slippage=t.slippage if self.slippage is None else self.slippage, latency=t.latency if self.latency is None else self.latency)
+        maker, taker = (self.fee, None) if t.maker else (None, self.fee)
+        return t._replace(maker_fee=t.maker_fee if maker is None else maker, taker_fee=t.taker_fee if taker is None else taker, slippage=t.slippage if self.slippage is None else self.slippage, latency=t.latency if self.latency is None else self.latency)
 
 def passes(x: Targets, t: Tape, rules: Mapping[str, MarketRules], s: Settings, cells: Sequence[Cell] = (Cell(),), funding: Mapping[str, pl.DataFrame] | None = None, compiled: bool = True, every: int | None = None) -> Iterator[Curve]:
     "The curve of each cell, with these targets. `every`: minutes after which an order is over; default: the next decision's."
@@ -244,7 +246,7 @@ def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Ma
         equity = accounts([f for x in steps for f in x.fills], tape, cash, [f for x in steps for f in x.paid])[1]
         return outcome(Cell(), Curve(equity, equity, 0.0, 0.0, 0), tape, cash), steps
     def corner(c: Cell) -> list[float]:
-        costs = {'taker_fee': c.fee, 'slippage': c.slippage, **({'maker_fee': c.fee} if s.orders.execution == 'maker' else {})}
+        costs = {'maker_fee' if s.orders.execution == 'maker' else 'taker_fee': c.fee, 'slippage': c.slippage}
         there, _ = anew(s.override(costs=costs, orders={'latency': c.latency}), replace(t, half_spread=t.half_spread * c.spread))
         return [*map(float, (c.fee or 0.0, c.slippage or 0.0, c.spread, c.latency or 0)), sweep(fixed, t, rules, s, [c], funding)[0].total_return, there.total_return]
     def way(name: str, how: Mapping[str, Any]) -> list[Any]:
