@@ -363,7 +363,7 @@ def execute_reports(jobs: Sequence[Drawing], say: Callable[[str], None] = print,
     try:
         done = Parallel(n_jobs=min(workers, len(jobs)), return_as='generator_unordered')(delayed(_drawn)(j) for j in jobs)
         for n, (out, why) in enumerate(done, 1):
-            say(f'report {n}/{len(jobs)}{" failed" if why else ""}: {os.path.relpath(out)}{why and ": " + why}')
+            say(f'report {n}/{len(jobs)}{" failed" if why else "" if out.exists() else " has nothing to show"}: {os.path.relpath(out)}{why and ": " + why}')
             if why: failed.append(why)
     except Stop: raise
     except Exception as e: raise Stop(f'reports: a worker process ended: {str(e).splitlines()[0]}') from None

@@ -4,7 +4,7 @@
 
 # %% ../nbs/42_results.ipynb #16a714b3
 from __future__ import annotations
-import json, math, os, time
+import json, math, os, time, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, UTC
@@ -81,7 +81,9 @@ class Case:
 def save_all(cases: Sequence[tuple[Case, str]], folder: Path, say: Callable[[str], None], workers: int) -> None:
     "Make and save all cases under their names, each in a process."
     from joblib import Parallel, delayed
-    for line in Parallel(n_jobs=max(1, min(workers, len(cases))), return_as='generator')(delayed(Case.save)(c, folder, stem) for c, stem in cases): say(line)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='A worker stopped while')     # joblib renews workers that have grown
+        for line in Parallel(n_jobs=max(1, min(workers, len(cases))), return_as='generator')(delayed(Case.save)(c, folder, stem) for c, stem in cases): say(line)
 
 def champion(job: Job) -> EnsemblePredictor:
     "The champion, which keeps what it predicts; Refused when it knows the test block."
