@@ -190,12 +190,14 @@ def test_parts_of_the_command(demo: Demo) -> None:
 
 
 def test_a_report_is_drawn_alone(demo: Demo) -> None:
-    page = demo.reports / "backtests/6d_ETHUSDT.html"
-    before = page.read_bytes()
-    page.unlink()
-    done = realdeal("report", "--source", "simulated", *("--candles" if x == "--days" else x for x in DEMO[1:-2]), "--symbol", "ETH/USDT", home=demo.home)
-    assert done.returncode == 0, done.stderr
-    assert hashlib.sha256(page.read_bytes()).digest() == hashlib.sha256(before).digest(), "the same data, the same bytes"
+    """Another test may have made another champion, so the first page may be new; the second is drawn from what was saved, and the reserve is not opened again."""
+    page, made = demo.reports / "backtests/6d_ETHUSDT.html", []
+    for _ in range(2):
+        page.unlink(missing_ok=True)
+        done = realdeal("report", "--source", "simulated", *("--candles" if x == "--days" else x for x in DEMO[1:-2]), "--symbol", "ETH/USDT", home=demo.home)
+        assert done.returncode == 0, done.stderr
+        made.append((hashlib.sha256(page.read_bytes()).hexdigest(), len(readings(demo.job, "reserve"))))
+    assert made[0] == made[1], "the same data, the same bytes"
 
 
 @pytest.mark.skipif("REALDEAL_DATA" not in os.environ, reason="REALDEAL_DATA is not set: the recorded candles are not here")
