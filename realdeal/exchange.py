@@ -6,8 +6,10 @@ chapter's; here are reads, which may be asked again, and orders, which may not."
 # %% ../nbs/11_exchange.ipynb #9e475808
 from __future__ import annotations
 import asyncio, contextlib, os, random, re, time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, Self
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, Self
 import ccxt.pro
 import polars as pl
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
@@ -17,7 +19,8 @@ from .store import CANDLES, check_candles
 from .types import HOUR, MINUTE, BackOff, BadData, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Print, RealdealError, Refused, Rejected, Retry, Stop
 
 # %% auto #0
-__all__ = ['PAGE', 'TRADES_PAGE', 'Clock', 'sorted_error', 'Listener', 'Opened', 'checked_page', 'Exchange']
+__all__ = ['WINDOW', 'TESTNETS', 'PAGE', 'TRADES_PAGE', 'TRADES_OF_ACCOUNT', 'ORDER_TRIES', 'Clock', 'sorted_error', 'Listener',
+           'secret', 'Opened', 'checked_page', 'VenueTrade', 'Exchange']
 
 # %% ../nbs/11_exchange.ipynb #c25f7a70
 class Clock:
@@ -55,11 +58,23 @@ class Listener(Protocol):
     def bad(self) -> None: "A frame that nobody can read."; ...
     def lost(self, reason: str, detail: str = '', retry_after: float | None = None) -> None: "The connection is gone, or never came; seconds to wait, where the venue said so."; ...
 
+# What places an order, at the venues that are built.
+_PLACES = re.compile(r'/(order|order/create|trade/order)$')
+
 class _Own:
     clock: Clock
     listeners: dict[str, Listener]   # by the socket's url
+    gate: Callable[[str], str]       # why an order request of this text must not leave; empty when it may
+    left: deque[float]               # when order requests left: s of the wall
 
     def nonce(self) -> float: return self.clock.now()
+
+    async def fetch(self, url: str, method: str = 'GET', headers: Any = None, body: Any = None) -> Any:
+        # The last step before the wire: what waited in the throttle is asked about here, not where it began to wait.
+        if method == 'POST' and _PLACES.search(url.partition('?')[0]):
+            if why := self.gate(f'{url} {body}'): raise Refused(why)
+            self.left.append(time.time())
+        return await super().fetch(url, method, headers, body)   # type: ignore[misc]
 
     def handle_message(self, client: Any, message: Any) -> None:
         if isinstance(message, dict) and message.get('msg') == 'PONG': client.lastPong = self.milliseconds()   # type: ignore[attr-defined]
@@ -105,8 +120,38 @@ def _seconds(headers: Mapping[str, str]) -> float | None:
     value = next((v for k, v in headers.items() if k.lower() == 'retry-after'), '')
     return float(value) if value.replace('.', '', 1).isdigit() else None
 
+class _Cost(float):
+    "The weight of a request, and of which endpoint."
+    endpoint: str
+
+class _Weights:
+    "Weights spent in the last WINDOW seconds, by endpoint; no more than `most` of each: what one endpoint is asked makes no other wait."
+    def __init__(self, most: float):
+        self.most, self.spent = most, dict[str, deque[tuple[float, float]]]()
+
+    async def wait(self, cost: _Cost) -> None:
+        spent = self.spent.setdefault(cost.endpoint, deque())
+        while True:
+            now = time.monotonic()
+            while spent and now - spent[0][0] >= WINDOW: spent.popleft()
+            if not spent or sum(c for _, c in spent) + cost <= self.most: break
+            await asyncio.sleep(spent[0][0] + WINDOW - now)
+        spent.append((now, cost))
+
+WINDOW = 10.0     # s, in which MEXC counts
+
 class _Mexc(_Own, ccxt.pro.mexc):
     contracts_known = True
+
+    def calculate_rate_limiter_cost(self, api: Any, method: str, path: str, params: Any, config: Any) -> _Cost:
+        cost = _Cost(super().calculate_rate_limiter_cost(api, method, path, params, config))
+        cost.endpoint = f'{method} {path}'
+        return cost
+
+    async def throttle(self, cost: Any = None) -> None:
+        # ccxt has one leaky bucket for all endpoints: a look at the books would hold up an order. MEXC counts each endpoint by itself.
+        if not hasattr(self, 'weights'): self.weights = _Weights(WINDOW * 1000 / self.rateLimit)
+        await self.weights.wait(cost)
 
     async def fetch_swap_markets(self, params: Any = None) -> Any:
         # ccxt always loads both: an outage of the contract endpoints would break a spot start-up.
@@ -117,7 +162,19 @@ class _Mexc(_Own, ccxt.pro.mexc):
 
 class _Binance(_Own, ccxt.pro.binance): contracts_known = True
 
-_CLIENTS: Mapping[str, Any] = {'mexc': _Mexc, 'binance': _Binance}
+class _Bybit(_Own, ccxt.pro.bybit): contracts_known = True
+class _Okx(_Own, ccxt.pro.okx): contracts_known = True
+
+_CLIENTS: Mapping[str, Any] = {'mexc': _Mexc, 'binance': _Binance, 'bybit': _Bybit, 'okx': _Okx}
+TESTNETS = ('binance', 'bybit', 'okx')
+
+def secret(name: str) -> str:
+    "The secret of that name: from the environment, else from the system's key store (`keyring set realdeal NAME`); empty where there is none."
+    if found := os.environ.get(name): return found
+    try:
+        import keyring
+        return keyring.get_password('realdeal', name) or ''
+    except Exception: return ''      # no key store on this machine, or it is locked
 
 # %% ../nbs/11_exchange.ipynb #b7a2d170
 PAGE = 500           # candles: MEXC's spot limit, whatever ccxt's `features` say
@@ -136,19 +193,22 @@ class Opened:
     async def __aexit__(self, *_: object) -> None: await self.close()
 
 class _Base(Opened):
-    "One venue. Use as `async with Exchange(settings) as venue:`; `options` go to ccxt's class (an emulator's addresses and keys)."
-    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 8):
+    """One venue, by default that of the data. Use as `async with Exchange(settings) as venue:`; `options` go to ccxt's class (an emulator's addresses and keys);
+    `sandbox`: its testnet, with keys of their own."""
+    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 8, venue: str = '', sandbox: bool = False):
         self.settings, self.clock, self.tries = s, clock or Clock(), tries
-        given = dict(options or {})
-        if s.data.venue not in _CLIENTS: raise BadSetting(f'[data] venue = {s.data.venue}: only {", ".join(_CLIENTS)} is built so far')
-        name = s.data.venue.upper()
-        secrets = {} if given else {'apiKey': os.environ.get(f'{name}_API_KEY', ''), 'secret': os.environ.get(f'{name}_SECRET', '')}
+        given, name = dict(options or {}), venue or s.data.venue
+        if name not in _CLIENTS: raise BadSetting(f'[{"orders" if venue else "data"}] venue = {name}: only {", ".join(_CLIENTS)} is built so far')
+        if sandbox and name not in TESTNETS: raise Refused(f'{name} has no testnet; [orders] venue must be one of {", ".join(TESTNETS)}, or run against the emulator')
+        prefix = f'{name.upper()}_TESTNET' if sandbox else name.upper()
+        secrets = {} if given else {'apiKey': secret(f'{prefix}_API_KEY'), 'secret': secret(f'{prefix}_SECRET'), 'password': secret(f'{prefix}_PASSWORD')}
         if 'urls' in given and not str(given.get('apiKey', 'emulator-')).startswith('emulator-'):
             raise Refused('another address than the venue\'s own takes emulator keys only; a real key is never sent there')
-        self.is_emulated = 'urls' in given
-        self.client = _CLIENTS[s.data.venue]({'rateLimit': s.data.rate_limit_ms, 'enableRateLimit': True, 'timeout': 15_000, **secrets, **given})
-        self.client.clock, self.client.listeners = self.clock, {}
-        self.skew_alarms, self._synced, self._jump, self._banned_until = 0, False, 0, 0.0
+        self.is_emulated, self.is_sandbox = 'urls' in given, sandbox
+        self.client = _CLIENTS[name]({'rateLimit': s.data.rate_limit_ms, 'enableRateLimit': True, 'timeout': 15_000, **secrets, **given})
+        self.client.clock, self.client.listeners, self.client.gate, self.client.left = self.clock, {}, lambda text: '', deque(maxlen=10_000)
+        if sandbox: self.client.set_sandbox_mode(True)
+        self.skew_alarms, self.skew, self._synced, self._jump, self._banned_until = 0, 0, False, 0, 0.0      # skew: ms, told and not believed yet
         self.closers: list[Callable[[], Awaitable[None]]] = []     # what must end before the client does
 
     async def open(self) -> None:
@@ -166,9 +226,9 @@ class _Base(Opened):
         for closer in self.closers: await closer()
         await self.client.close()
 
-    async def _read(self, what: str, call: Callable[..., Awaitable[Any]], *args: Any, **kw: Any) -> Any:
+    async def _read(self, what: str, call: Callable[..., Awaitable[Any]], *args: Any, tries: int = 0, **kw: Any) -> Any:
         "A read that may be asked again; the last error is told with `what`."
-        async for attempt in AsyncRetrying(stop=stop_after_attempt(self.tries), wait=_pause, retry=retry_if_exception_type(Retry), reraise=True):
+        async for attempt in AsyncRetrying(stop=stop_after_attempt(tries or self.tries), wait=_pause, retry=retry_if_exception_type(Retry), reraise=True):
             with attempt:
                 # One request is told to wait, all wait.
                 if (left := self._banned_until - time.monotonic()) > 0: await asyncio.sleep(left)
@@ -190,11 +250,11 @@ class _Base(Opened):
             if took < 0.2: break
         far = self._synced and self.clock.rate and abs(skew) > 60_000 * max(1.0, self.clock.rate)
         if far and abs(skew - self._jump) > 5_000 * max(1.0, self.clock.rate):      # a jump is believed when it is told twice
-            self._jump = skew
+            self._jump = self.skew = skew
             raise Retry(f'{self.client.id}: server time: {skew} ms away from ours')
         self.clock.set(self.clock.now() + skew)
         if self._synced and self.clock.rate and abs(skew) > 1000 * max(1.0, self.clock.rate): self.skew_alarms += 1
-        self._synced = True
+        self._synced, self.skew = True, 0
         return skew
 
     async def _server_time(self) -> int:
@@ -301,17 +361,28 @@ class _Reads(_Base):
         return None if held is None else float(held)
 
 # %% ../nbs/11_exchange.ipynb #dd03ae3c
+class VenueTrade(NamedTuple):
+    "One execution in the account; `client_id` is empty where the venue tells none."
+    order: str
+    client_id: str
+    fill: Fill
+
+TRADES_OF_ACCOUNT = 100      # a page
+ORDER_TRIES = 2              # an order waits for no third answer: it is asked about again soon
+
 class Exchange(_Reads):
     "Orders by client id."
     async def submit(self, intent: Intent) -> Order:
-        "Send `intent` once. The order comes back open, rejected, or unknown when nobody can tell."
+        "Send `intent` once. The order comes back open, rejected, held when the gate let nothing leave, or unknown when nobody can tell. A limit order is post-only."
         if not self.rules(intent.symbol).active: raise Refused(f'{intent.symbol}: {self.client.id} does not let the API trade it; set another [orders] venue')
         try:
             # A market order gets no price: ccxt would turn it into an amount of quote.
-            got = await self.client.create_order(intent.symbol, intent.kind, intent.side, intent.amount, intent.price, {'clientOrderId': intent.client_id})
+            price, how = (None, {}) if intent.kind == 'market' else (intent.price, {'postOnly': True})
+            got = await self.client.create_order(intent.symbol, intent.kind, intent.side, intent.amount, price, {'clientOrderId': intent.client_id, **how})
             # A garbled body with status 200 raises nothing: without an id nobody knows what became of the order.
             if not _is_id(got.get('id')): return Order(intent, OrderStatus.UNKNOWN, reason='the answer holds no order id')
             return Order(intent, OrderStatus.OPEN, venue_id=str(got['id']))
+        except Refused as e: return Order(intent, OrderStatus.HELD, reason=str(e))
         except (ccxt.NetworkError, TimeoutError) as e:
             return Order(intent, OrderStatus.UNKNOWN, reason=f'no answer: {type(e).__name__}')
         except Exception as e:
@@ -320,7 +391,7 @@ class Exchange(_Reads):
 
     async def look_up(self, intent: Intent) -> Order | None:
         "The order of this client id as the venue has it, or None when the venue knows none."
-        try: got = await self._read(f'order {intent.client_id}', self._fetch_order, intent)
+        try: got = await self._read(f'order {intent.client_id}', self._fetch_order, intent, tries=ORDER_TRIES)
         except Rejected: return None
         if got is None: return None
         status = {'closed': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'rejected': OrderStatus.REJECTED, 'expired': OrderStatus.CANCELED}.get(got['status'], OrderStatus.OPEN)
@@ -335,33 +406,51 @@ class Exchange(_Reads):
         return got
 
     async def fills_of(self, order: Order) -> list[Fill]:
-        "The executions of `order`, each with the venue's trade id; the fee is turned into quote."
+        "The executions of `order`, each with the venue's trade id."
         i = order.intent
-        trades = await self._read(f'trades of {i.symbol}', self.client.fetch_my_trades, i.symbol, i.time - HOUR, 100, {'orderId': order.venue_id})
-        return [Fill(i.client_id, i.symbol, i.side, float(t['amount']), float(t['price']), _fee_in_quote(t), int(t['timestamp']),
-            'maker' if t['takerOrMaker'] == 'maker' else 'taker', str(t['id'])) for t in trades if str(t['order']) == order.venue_id]
+        found = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id})
+        return [replace(t.fill, client_id=i.client_id) for t in found if t.order == order.venue_id]
 
-    async def strange_trades(self, symbol: str, since: int, known: set[str]) -> list[str]:
-        "Ids of orders that traded since `since` (ms) and are not in `known`."
-        trades = await self._read(f'trades of {symbol}', self.client.fetch_my_trades, symbol, since, 100)
-        return sorted({str(t['order']) for t in trades} - known)
+    async def account_trades(self, symbol: str, since: int, only: Mapping[str, Any] | None = None) -> list[VenueTrade]:
+        "What was executed in the account since `since` (ms), at most the newest TRADES_OF_ACCOUNT, oldest first; a fee is told in quote too."
+        rows = await self._read(f'trades of {symbol}', self.client.fetch_my_trades, symbol, since, TRADES_OF_ACCOUNT, dict(only or {}), tries=ORDER_TRIES)
+        return [VenueTrade(str(t['order']), str((t.get('info') or {}).get('clientOrderId') or ''), await self._fill(t)) for t in sorted(rows, key=lambda t: int(t['timestamp']))]
+
+    async def _fill(self, t: Mapping[str, Any]) -> Fill:
+        fee, symbol = t.get('fee') or {}, str(t['symbol'])
+        (base, quote), cost, coin = symbol.split('/'), float(fee.get('cost') or 0), fee.get('currency') or ''
+        worth = cost if coin in ('', quote) else cost * (float(t['price']) if coin == base else await self._price_of(coin, quote))
+        elsewhere = coin not in ('', quote)
+        return Fill(str((t.get('info') or {}).get('clientOrderId') or ''), symbol, t['side'], float(t['amount']), float(t['price']), worth, int(t['timestamp']),
+            'maker' if t['takerOrMaker'] == 'maker' else 'taker', str(t['id']), coin if elsewhere else '', cost if elsewhere else 0.0)
+
+    async def _price_of(self, coin: str, quote: str) -> float:
+        "What a fee in a third coin is worth; 0 where the venue has no such market."
+        if f'{coin}/{quote}' not in self.client.markets: return 0.0
+        return float((await self._read(f'ticker of {coin}', self.client.fetch_ticker, f'{coin}/{quote}'))['last'] or 0)
 
     async def cancel(self, order: Order) -> None:
         "Ask the venue to cancel; whether it did is seen by `look_up`."
-        with contextlib.suppress(ccxt.BaseError): await self.client.cancel_order(None, order.intent.symbol, {'clientOrderId': order.intent.client_id})
+        # By the venue's id where there is one: not every venue finds an order by ours.
+        with contextlib.suppress(ccxt.BaseError): await self.client.cancel_order(order.venue_id, order.intent.symbol, {} if order.venue_id else {'clientOrderId': order.intent.client_id})
 
     async def open_orders(self, symbol: str) -> list[dict[str, Any]]:
-        got: list[dict[str, Any]] = await self._read(f'open orders of {symbol}', self.client.fetch_open_orders, symbol)
+        got: list[dict[str, Any]] = await self._read(f'open orders of {symbol}', self.client.fetch_open_orders, symbol, tries=ORDER_TRIES)
         return got
 
     async def balance(self) -> dict[str, float]:
         "Total of each coin in the account."
-        got = await self._read('balance', self.client.fetch_balance)
+        got = await self._read('balance', self.client.fetch_balance, tries=ORDER_TRIES)
         return {k: float(v) for k, v in got['total'].items() if v}
+
+    async def check_key(self) -> str:
+        "Refused when the key is missing, may not trade or may withdraw; a warning where the venue does not tell."
+        if not self.client.apiKey or not self.client.secret: raise Refused(f'{self.client.id}: no key: set {self.client.id.upper()}{"_TESTNET" if self.is_sandbox else ""}_API_KEY and ..._SECRET in the environment or the key store')
+        if self.client.id == 'binance' and not self.is_sandbox: told = await self._read('key', self.client.sapi_get_account_apirestrictions)
+        else: told = (await self._read('key', self.client.fetch_balance)).get('info') or {}
+        if told.get('canTrade') is False or told.get('enableSpotAndMarginTrading') is False: raise Refused(f'{self.client.id}: this key may not trade')
+        if told.get('canWithdraw') or told.get('enableWithdrawals'): raise Refused(f'{self.client.id}: this key may withdraw: make one that only trades')
+        return '' if 'canWithdraw' in told or 'enableWithdrawals' in told else f'{self.client.id} does not tell whether this key may withdraw: see to it that it may not'
 
 def _is_id(x: Any) -> bool: return re.fullmatch(r'[\w~-]{1,64}', str(x or '')) is not None
 
-def _fee_in_quote(t: Mapping[str, Any]) -> float:
-    fee = t.get('fee') or {}
-    cost = float(fee.get('cost') or 0)
-    return cost * float(t['price']) if fee.get('currency') == str(t['symbol']).split('/')[0] else cost

@@ -7,14 +7,15 @@ another program, because it judges."""
 from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 import polars as pl
 from .orders import multiple, round_down
 from .settings import Costs, Settings
 from .types import Fill, Intent, MarketRules
 
 # %% auto #0
-__all__ = ['Met', 'Terms', 'terms_of', 'conditions', 'taker_price', 'quote_price', 'traded_through', 'meet', 'is_over', 'Working']
+__all__ = ['Met', 'Terms', 'terms_of', 'conditions', 'taker_price', 'quote_price', 'traded_through', 'meet', 'is_over', 'turn',
+           'Working']
 
 # %% ../nbs/31_fills.ipynb #78426945
 class Met(NamedTuple):
@@ -65,10 +66,10 @@ def taker_price(sign: int, amount: float, m: Met, t: Terms) -> float:
     return m.open * (1.0 + sign * (m.half_spread + t.slippage + moved))
 
 # %% ../nbs/31_fills.ipynb #cf6d2573
-def quote_price(sign: int, m: Met, t: Terms) -> float:
-    "The price at which a maker buys (sign 1) or sells (sign -1) in the minute."
-    steps = m.before * (1.0 - sign * m.half_before) / t.tick
-    return multiple(math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9), t.tick)
+def quote_price(sign: int, price: float, half_spread: float, tick: float) -> float:
+    "Where a maker buys (sign 1) or sells (sign -1) when the last price is `price` (quote) and half of the spread `half_spread` (fraction)."
+    steps = price * (1.0 - sign * half_spread) / tick
+    return multiple(math.floor(steps + 1e-9) if sign > 0 else math.ceil(steps - 1e-9), tick)
 
 def traded_through(sign: int, price: float, m: Met, t: Terms) -> bool:
     "Whether the market went past a resting order by the margin."
@@ -80,7 +81,7 @@ def meet(sign: int, left: float, age: int, cash: float, m: Met, t: Terms) -> tup
     resting = t.maker and age < t.patience
     if m.volume <= 0.0 or (t.maker and not resting and not t.take): return 0.0, 0.0, 0.0, resting
     amount = round_down(min(left, t.participation * m.volume), t.lot)
-    price = quote_price(sign, m, t) if resting else taker_price(sign, amount, m, t)
+    price = quote_price(sign, m.before, m.half_before, t.tick) if resting else taker_price(sign, amount, m, t)
     if resting and not traded_through(sign, price, m, t): return 0.0, 0.0, 0.0, resting
     fee = t.maker_fee if resting else t.taker_fee
     if t.spot and sign > 0: amount = min(amount, round_down(max(0.0, cash) / (price * (1.0 + fee)), t.lot))
@@ -89,6 +90,10 @@ def meet(sign: int, left: float, age: int, cash: float, m: Met, t: Terms) -> tup
 def is_over(left: float, age: int, t: Terms) -> bool:
     "Whether nothing more will come of an order, `age` minutes after it began; the next decision ends it in any case."
     return left < t.lot / 2 or (t.maker and not t.take and age >= t.patience)
+
+def turn(left: float, age: int, t: Terms) -> Literal['quote', 'take', 'over']:
+    "What is to be done in minute number `age` with what is `left` (base): quote it anew, take, or nothing more. The same at a venue as in the backtest."
+    return 'over' if is_over(left, age, t) else 'quote' if t.maker and age < t.patience else 'take'
 
 @dataclass(frozen=True, slots=True)
 class Working:

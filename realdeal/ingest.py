@@ -13,7 +13,7 @@ import aiohttp, polars as pl
 import numpy as np
 from .exchange import PAGE, Clock, Exchange
 from .feed import Feed
-from .frames import Kind
+from .frames import Kind, OrderUpdate
 from .provenance import Source, places
 from .settings import Settings
 from .store import Store, StoreKey, dense
@@ -143,6 +143,8 @@ class Follower:
         self._mending: set[str] = set()
         self._disk = asyncio.Lock()
         self._session, self._day = time.time_ns(), self.began // DAY
+        self.heard: Callable[[str], None] = lambda client_id: None      # the user's stream spoke of an order
+        self.changed, self.grew = asyncio.Event(), time.time()          # a minute became known; when (s of the wall)
 
     def begin(self) -> None:
         "Go on from what the store knows: minutes that the last process left open are doubts now."
@@ -161,10 +163,18 @@ class Follower:
     def drain(self, most: int = 5000) -> int:
         "Take what waits in the queue, at most `most` events; how many there were."
         events = self.streams.inbox.take(most)
-        for e in events: self._waiting += self.feed.on(e)
+        for e in events:
+            if isinstance(e, OrderUpdate): self.heard(e.client_id)
+            else: self._learn(self.feed.on(e))
         return len(events)
 
-    def tick(self, now: int | None = None) -> None: self._waiting += self.feed.tick(self.venue.clock.now() if now is None else now)
+    def _learn(self, minutes: list[Minute]) -> None:
+        if not minutes: return
+        self._waiting += minutes
+        self.grew = time.time()
+        self.changed.set()
+
+    def tick(self, now: int | None = None) -> None: self._learn(self.feed.tick(self.venue.clock.now() if now is None else now))
 
     async def mend(self) -> int:
         "Ask REST about the doubts whose time has come; how many are left."
@@ -213,7 +223,7 @@ class Follower:
             with contextlib.suppress(Retry): prints = await self.venue.trades(symbol, t, t + MINUTE)
         # Where trades are not wanted, REST's candle is all there is to know.
         found = self.feed.told(symbol, t, bar, prints, self.venue.clock.now(), self.tries if wanted or bar is None else 1)
-        self._waiting += found
+        self._learn(found)
         if not found: self._not_before[symbol, t] = time.monotonic() + min(60.0, self.pause * 2 ** max(0, self.feed.symbols[symbol].tries[t] - 1))
 
     async def verify(self) -> int:

@@ -4,87 +4,35 @@
 
 # %% ../nbs/41_live.ipynb #ccbaa96d
 from __future__ import annotations
-import asyncio, math, signal, sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio, contextlib, math, signal, sys, time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 import aiohttp, numpy as np, polars as pl
-from .broker import Broker, PaperBroker, open_broker
-from .decide import State, decide, snapshot
+from .broker import PaperBroker
+from .decide import decide, snapshot
+from .desk import Desk, Reconciler, Switch, kill_file, remember, throw
 from .drift import Stability
-from .ensemble import EnsemblePredictor, Texts, load_predictor, model_hash, read_manifest
+from .ensemble import MANIFEST, EnsemblePredictor, Texts, load_predictor, model_hash, read_manifest
 from .exchange import Exchange
 from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
 from .ingest import Follower, Metrics, ask, backfill, live_store, open_market, serve_metrics
-from .fills import terms_of
-from .orders import advance, plan
+from .fills import quote_price, terms_of
+from .orders import plan
 from .provenance import Source, places, utc
-from .risk import may_send
+from .risk import Standing
 from .settings import Settings
+from .stages import keep_session, lock_account, open_broker, order_venue, session_of
 from .store import Journal, Mark, Store
-from .types import DAY, HOUR, MINUTE, Account, Bar, Fill, Intent, MarketRules, Order, OrderStatus, RealdealError, Signal, Refused, Retry, Snapshot, Stop, as_dict, settle
+from .types import DAY, HOUR, MINUTE, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Retry, Signal, Snapshot, Stop, as_dict
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'Memory', 'remember', 'Desk', 'Look', 'look', 'week_of', 'history', 'reach', 'Rolling', 'Forecaster',
-           'inputs_of', 'Runner', 'run_clock', 'run_steps', 'ModelMetrics', 'run_live']
-
-# %% ../nbs/41_live.ipynb #629deb16
-@dataclass
-class Memory:
-    "What the journal says: the bot's account, the state of `decide`, the orders that are not final."
-    account: Account
-    state: State
-    pending: dict[str, Order]
-
-def remember(journal: Journal, capital: float) -> Memory:
-    "The memory of a runner, from its journal alone."
-    account = Account(capital)
-    for row in journal.rows('fills', 'time, rowid'): account = settle(account, Fill(**row['body']))
-    last = journal.last_decision()
-    orders = {r['client_id']: _order(r['body']) for r in journal.rows('orders')}
-    # An intent without an order was written, and the process died before it was sent: nobody knows, so it is asked for.
-    lost = {r['client_id']: Order(Intent(**r['body']), OrderStatus.UNKNOWN, reason='the process ended before the answer') for r in journal.rows('intents') if r['client_id'] not in orders}
-    return Memory(account, State.from_json(last['state']) if last else State(), {k: o for k, o in (orders | lost).items() if not o.status.is_final})
-
-def _order(d: Mapping[str, Any]) -> Order: return Order(**{**d, 'intent': Intent(**d['intent']), 'status': OrderStatus(d['status'])})
-
-# %% ../nbs/41_live.ipynb #4e641237
-class Desk:
-    "Sends intents and follows orders; journal and memory always agree."
-    def __init__(self, journal: Journal, broker: Broker, memory: Memory, say: Callable[[str], None]):
-        self.journal, self.broker, self.memory, self.say = journal, broker, memory, say
-
-    def latch(self) -> tuple[bool, str]:
-        try: return may_send(self.journal.latch('kill'))
-        except Exception: return may_send(None, readable=False)
-
-    async def send(self, intent: Intent) -> None:
-        "Send an intent that is journalled already, once."
-        allowed, why = self.latch()
-        order = advance(Order(intent), 'sent')
-        if not allowed: return self.keep(advance(order, 'rejected', reason=why))
-        answer = await self.broker.submit(intent)
-        event = {OrderStatus.OPEN: 'opened', OrderStatus.REJECTED: 'rejected', OrderStatus.FILLED: 'filled'}.get(answer.status, 'lost')
-        self.keep(advance(order, event, venue_id=answer.venue_id, reason=answer.reason))
-
-    def keep(self, order: Order, fills: Sequence[Fill] = ()) -> None:
-        "Journal what is known of an order, together with its fills."
-        with self.journal.transaction():
-            fresh = [f for f in fills if self.journal.add_fill(f)]
-            self.journal.put_order(order)
-        for f in fresh: self.memory.account = settle(self.memory.account, f)
-        if order.status.is_final: self.memory.pending.pop(order.intent.client_id, None)
-        else: self.memory.pending[order.intent.client_id] = order
-        if order.status is OrderStatus.REJECTED: self.say(f'order {order.intent.client_id} rejected: {order.reason}')
-
-    async def follow(self) -> None:
-        "Ask what became of every order that is not final."
-        for order in sorted(self.memory.pending.values(), key=lambda o: (o.intent.time, o.intent.side == 'buy', o.intent.symbol)):      # sales first, as they were planned
-            try: after, fills = await self.broker.poll(order)
-            except Retry as e: self.say(f'order {order.intent.client_id} cannot be asked for now: {e}')
-            else: self.keep(after, fills)
+__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RECONCILE', 'Look', 'look', 'week_of', 'history', 'reach', 'Rolling', 'Forecaster',
+           'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps', 'ModelMetrics', 'restless',
+           'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
@@ -198,33 +146,54 @@ def inputs_of(snap: Snapshot, p: Panel, rows: Sequence[int], **more: Any) -> dic
 class Runner:
     "One runner on one venue, store, journal and predictor."
     def __init__(self, s: Settings, venue: Exchange, store: Store, journal: Journal, predictor: EnsemblePredictor, say: Callable[[str], None] = print,
-            newest: Callable[[str], EnsemblePredictor | None] = lambda _: None):
-        """`newest`: given the hash of the model in use, the champion if it is another one now."""
-        self.s, self.venue, self.store, self.journal, self.say, self.newest = s, venue, store, journal, say, newest
+            newest: Callable[[str], EnsemblePredictor | None] = lambda _: None, orders: Exchange | None = None, reached: Callable[[str], None] = lambda step: None):
+        """`newest`: given the hash of the model in use, the champion if it is another one now; `orders`: where orders go, by default to `venue` unless the stage is paper; `reached`: is told each step on an order's way."""
+        self.s, self.venue, self.store, self.journal, self.say, self.newest, self.reached = s, venue, store, journal, say, newest, reached
+        self.orders = None if s.live.stage == 'paper' else orders or venue
         self.forecaster, self.complaint = Forecaster(store, s.data.symbols, predictor), ''
-        stepped = venue.clock.rate == 0
-        self.follower = Follower(venue, store, s, kinds=('trades', 'candles', 'quotes'), private=s.live.stage != 'paper', trades=False,
-            tries=2 if stepped else 4, pause=0.0 if stepped else 1.0, say=say)
+        self.stepped = venue.clock.rate == 0
+        self.follower = Follower(venue, store, s, kinds=('trades', 'candles', 'quotes'), private=self.orders is venue, trades=False,
+            tries=2 if self.stepped else 4, pause=0.0 if self.stepped else 1.0, say=say)
         self.feed = self.follower.feed
-        self.memory = remember(journal, s.risk.capital)
-        self.desk = Desk(journal, open_broker(venue, self._paper, s), self.memory, say)
+        self.memory, self.session = remember(journal, s.risk.capital), session_of(s, self.orders or venue, predictor.model_hash)
         self.rules: dict[str, MarketRules] = {}
+        self.switch = Switch(kill_file(s), journal, venue.clock.now)
+        broker = open_broker(self.orders, self._paper, lambda: {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()}, s, self.session, s.data_dir)
+        self.desk = Desk(journal, broker, self.memory, self.switch, s, now=venue.clock.now, standing=self.standing, rules=self.rules, say=say, calm=0.0 if self.stepped or self.orders is None else 1.0, reached=reached)
+        self.reconciler = Reconciler(self.orders, self.desk) if self.orders else None
+        if self.orders: self.orders.client.gate = self.desk.gate
+        self.follower.heard = self.desk.hear
         self.every = s.strategy.decision_every * MINUTE
-        self.due = self.caught = 0                                                # the next decision, and until when REST was asked (ms)
+        self.due = self.caught = self.minute = 0                                  # the next decision, until when REST was asked (ms), and the minute that was looked at
+        self.stood, self._standing_down = False, asyncio.Lock()
+        self.took: dict[str, deque[float]] = {'decision': deque(maxlen=10_000), 'order': deque(maxlen=10_000)}     # ms from the last bar to the journal, and to the wire
+        self.curve: deque[tuple[int, float]] = deque(maxlen=20_000)
 
     @property
     def predictor(self) -> EnsemblePredictor: return self.forecaster.predictor
 
     def _paper(self) -> PaperBroker:
-        def fills() -> list[Fill]: return [Fill(**r['body']) for r in self.journal.rows('fills')]
-        return PaperBroker(self.bar_at, self.store.read, lambda x: terms_of(self.s, self.rules[x]), lambda time: self.memory.account.cash - sum(f.cash for f in fills() if f.time > time),
-            lambda name: [f for f in fills() if f.client_id == name], self.s)
+        return PaperBroker(self.bar_at, self.store.read, lambda x: terms_of(self.s, self.rules[x]), lambda time: self.memory.account.cash - sum(f.cash for f in self.journal.fills(after=time)), self.journal.fills, self.s)
 
     def bar_at(self, symbol: str, time: int) -> Bar | None:
         "The bar that opens at `time`: as it forms, or as the store has it; None while nobody knows."
         if bar := self.feed.bar_now(symbol, time): return bar
         row = self.store.read(symbol, time, time + MINUTE)
         return Bar(**row.row(0, named=True)) if len(row) else None
+
+    def prices(self) -> dict[str, float]: return {x: y.price.value for x, y in self.feed.symbols.items() if y.price}
+
+    def equity(self) -> float | None:
+        "Cash and positions at the newest prices; None while one of them is unknown."
+        prices = self.prices()
+        return self.memory.account.equity(prices) if all(x in prices for x, held in self.memory.account.positions.items() if held) else None
+
+    def standing(self, symbol: str) -> Standing:
+        seen, equity = self.feed.symbols[symbol], self.equity()
+        # An age is judged by the wall: at 240 times the speed two seconds of a busy machine are eight minutes of market.
+        age = seen.price.age(self.venue.clock.now()) / max(1.0, self.venue.clock.rate) if seen.price else math.inf
+        spread = (seen.quote.ask - seen.quote.bid) / (seen.quote.ask + seen.quote.bid) if seen.quote else 0.0
+        return Standing(seen.price.value if seen.price else None, age, equity if equity is not None else self.memory.account.cash, skew=self.venue.skew / max(1.0, self.venue.clock.rate), half_spread=max(self.s.costs.half_spread, spread))
 
     def own_capital(self) -> None:
         "The capital of a journal is that of its first start; another one would rewrite its history."
@@ -235,17 +204,24 @@ class Runner:
     async def start(self) -> None:
         "Rules, history, streams, and the orders that were open: the same at the first start and after a crash."
         self.own_capital()
-        self.rules = {x: self.venue.rules(x) for x in self.s.data.symbols}
+        self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
+        last, now = self.memory.state.time, self.venue.clock.now()
+        if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal')
+        if self.orders and (warning := await self.orders.check_key()): self.say(warning)
         self.pin()
-        await self.catch_up(self.venue.clock.now() // MINUTE * MINUTE)
+        await self.catch_up(now // MINUTE * MINUTE)
         await self.follower.slow_facts()
         await self.follower.streams.open()
         self.follower.begin()
-        last = self.memory.state.time
-        if self.venue.clock.now() < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(self.venue.clock.now())}: another market needs another journal')
         self.due = max(last + self.every, -(-self.venue.clock.now() // self.every) * self.every)
+        self.curve.extend((d['time'], _equity_of(d)) for d in self.journal.rows(f'(select * from decisions where time > {last - 7 * DAY})', 'time'))
         if self.memory.pending: self.say(f'{len(self.memory.pending)} orders were open: asking what became of them')
         await self.desk.follow()
+        if self.reconciler:
+            await self.reconciler.open()
+            await self.reconciler.check()
+        self.journal.note('started', f'stage {self.s.live.stage}, model {self.predictor.model_hash}, code {self.session.code}', now)
+        keep_session(self.journal, self.session)
 
     def pin(self) -> None:
         "Journal which model speaks from now on."
@@ -264,6 +240,8 @@ class Runner:
         self.forecaster.use(new)
         self.caught = 0      # it may read farther back
         self.pin()
+        self.session = session_of(self.s, self.orders or self.venue, new.model_hash)
+        keep_session(self.journal, self.session)
 
     async def catch_up(self, end: int) -> None:
         "Bring everything that a decision at `end` reads, and its drift, into the store; what was asked for once is not asked for again."
@@ -271,69 +249,200 @@ class Runner:
         for symbol in self.s.data.symbols: await backfill(self.venue, self.store, symbol, start, end, say=lambda _: None)
         self.caught = end
 
+    def knows(self, symbol: str, end: int) -> bool:
+        "Whether every minute before `end` (ms) is known."
+        return (self.feed.symbols[symbol].final or 0) >= end - MINUTE
+
     def is_due(self) -> bool:
-        now, last = self.venue.clock.now(), self.due - MINUTE
-        return now >= self.due and (all((x.final or 0) >= last for x in self.feed.symbols.values()) or now >= self.due + self.s.data.close_grace_ms)
+        now = self.venue.clock.now()
+        return now >= self.due and (all(self.knows(x, self.due) for x in self.feed.symbols) or now >= self.due + self.s.data.close_grace_ms)
 
     async def tend(self) -> None:
-        "What time brings: orders that are open, decisions that are due."
+        "What time brings: a switch that was thrown, orders that are open, a new minute, decisions that are due."
+        await self.guard()
         if self.memory.pending: await self.desk.follow()
+        if (minute := self.venue.clock.now() // MINUTE) != self.minute:
+            self.minute = minute
+            await self.watch()
         while self.is_due():
             if self.venue.clock.now() >= self.due + self.every:      # too late: the next one is due already
+                self.journal.note('missed', f'the decision of {utc(self.due)}', self.venue.clock.now())
                 self.say(f'{utc(self.due)}  decision missed')
             else: await self.step(self.due)
             self.due += self.every
 
-    async def step(self, time: int) -> None:
-        "The decision of `time`, journalled, and its orders."
+    async def guard(self) -> None:
+        "Stand down when the switch was thrown, until it is done."
+        if self._standing_down.locked(): return
+        if self.switch.why() is None:
+            self.stood = False
+            return
+        if self.stood: return
+        async with self._standing_down:
+            noticed, told = time.time(), self.switch.order()
+            if not await self.desk.stand_down(): return
+            self.stood = True
+            left = [t for t in (self.orders.client.left if self.orders else ()) if t > noticed - 60]
+            thrown = float(told.get('wall') or noticed)
+            kills = [*(self.journal.fact('kills') or []), {'thrown': thrown, 'noticed': noticed, 'last_left': max((t for t in left if t <= noticed + 5), default=0.0), 'stood': time.time()}]
+            self.journal.put_fact('kills', kills[-1000:])
+            self.desk.note('stood down', 'nothing is open' + (' or held' if told.get('flatten') else '') + (', as the venue says' if self.orders else ''))
+
+    async def watch(self) -> None:
+        "Once a minute: the deepest limit, resting orders, how far the session has come."
+        equity, peak = self.equity(), self.memory.state.guard.peak
+        if equity is not None and peak and equity <= peak * (1 - self.s.risk.kill_drawdown) and self.switch.why() is None:
+            throw(kill_file(self.s), f'equity {equity:,.2f} is {1 - equity / peak:.1%} below its peak: [risk] kill_drawdown')
+            await self.guard()
+        if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
+        self.memory.forget(self.venue.clock.now() - 2 * DAY)
+        keep_session(self.journal, self.session)
+
+    async def calmly(self, what: str, work: Callable[[], Awaitable[Any]]) -> None:
+        "Do `work`; what the venue does not answer is told, and asked again another time."
+        try: await work()
+        except Retry as e: self.say(f'{what}: {e}')
+
+    async def step(self, at: int) -> None:
+        "The decision of `at` (ms), journalled, and its orders."
+        final = time.time() if self.stepped else self.follower.grew
         await self.renew()
-        if time % HOUR == 0: await self.follower.slow_facts()
-        for _ in range(self.follower.tries):     # whatever is in doubt is asked for; what REST does not tell either is not there
-            if not await self.follower.mend(): break
-        await self.follower.flush()
-        await self.catch_up(time)
+        await self.gather(at)
         symbols = self.s.data.symbols
         seen = {x: self.feed.md(x) for x in symbols}
-        p, rows, signals = await self.forecaster.at(time, {x: md.texts for x, md in seen.items()})
+        blind = [x for x in symbols if not self.knows(x, at)]
+        p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})
+        signals = [replace(g, side='flat', reason='blind: its last minutes are not known') if g.symbol in blind else g for g in signals]
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
         state, decision = decide(self.memory.state, snap, self.s)
-        # What an order in flight will do to the position is not known yet: its symbol waits.
-        busy = {o.intent.symbol for o in self.memory.pending.values()}
-        intents = [i for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
-        inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(time)), md={x: as_dict(md) for x, md in seen.items()})
+        # What an order in flight will do to the position is not known yet: its symbol waits, and so does one that is halted.
+        busy = {o.intent.symbol for o in self.memory.pending.values()} | self.desk.halts.keys()
+        intents = [self.quoted(i) for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
+        inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()}, **({'blind': blind} if blind else {}))
+        self.reached('decided')
         with self.journal.transaction():
-            self.journal.add_decision(time, inputs, decision, state.to_json())
+            self.journal.add_decision(at, inputs, decision, state.to_json())
             for i in intents: self.journal.add_intent(i)
+        self.reached('journalled')
+        self.took['decision'].append((time.time() - final) * 1000)
         self.memory.state = state
+        self.curve.append((at, snap.equity))
         for i in intents:
-            self.say(f'{utc(time)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
+            self.say(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
+            before = len(self.orders.client.left) if self.orders else 0
             await self.desk.send(i)
+            if self.orders and len(self.orders.client.left) > before: self.took['order'].append((self.orders.client.left[-1] - final) * 1000)
         await self.desk.follow()
-        if time % (4 * HOUR) == 0: self.say(f'{utc(time)}  equity {snap.equity:,.2f}  ' + ', '.join(f'{x.symbol} {x.side} {x.prob:.1%}' for x in signals))
+        if self.stepped and self.reconciler: await self.calmly('reconcile', self.reconciler.check)
+        if self.stepped and at % HOUR == 0: await self.calmly('funding', self.follower.slow_facts)
+        if at % (4 * HOUR) == 0: self.say(f'{utc(at)}  equity {snap.equity:,.2f}  ' + ', '.join(f'{x.symbol} {x.side} {x.prob:.1%}' for x in signals))
+
+    async def gather(self, at: int) -> None:
+        "Bring what is missing for a decision at `at` (ms), as far as the venue answers in time."
+        async def all_of_it() -> None:
+            if at % (8 * HOUR) == 0: await self.follower.slow_facts()      # a rate is settled at this very moment
+            for _ in range(self.follower.tries):     # whatever is in doubt is asked for; what REST does not tell either is not there
+                if not await self.follower.mend(): break
+            await self.follower.flush()
+            await self.catch_up(at)
+        limit = None if self.stepped else max(0.2, 0.3 * self.every / 1000 / max(1.0, self.venue.clock.rate))
+        try:
+            async with asyncio.timeout(limit): await all_of_it()
+        except (Retry, TimeoutError) as e:
+            self.say(f'{utc(at)}  not all that is missing could be asked for: {e or "no answer in time"}')
+            await self.follower.flush()
+
+    def quoted(self, i: Intent) -> Intent:
+        "The intent with the price at which it is to rest at a venue; on paper its price follows from the minutes it meets."
+        at = self.standing(i.symbol)
+        return i if i.kind == 'market' or self.orders is None or at.mark is None else replace(i, price=quote_price(i.sign, at.mark, at.half_spread, self.rules[i.symbol].tick))
 
     async def finish(self) -> dict[str, Any]:
         "Settle the feed, move the tail into Parquet; the figures of the whole journal, restarts included."
         await self.follower.settle()
         self.forecaster.close()
         self.store.compact()
-        orders, times = [r['status'] for r in self.journal.rows('orders')], [d['time'] for d in self.journal.rows('decisions', 'time')]
-        due = (times[-1] - times[0]) // self.every + 1 if times else 0
-        return {'decisions': len(times), 'missed': due - len(times), 'uptime': len(times) / max(1, due), 'hours': due * self.every / HOUR, 'orders': len(orders),
-            'failed_orders': orders.count('rejected') + orders.count('unknown'), 'fills': len(self.journal.rows('fills')), 'ledger': self.follower.ledger()}
+        keep_session(self.journal, self.session)
+        return {**figures(self.journal, self.every), 'ledger': self.follower.ledger()}
+
+def _equity_of(d: Mapping[str, Any]) -> float:
+    snap = d['inputs']['snapshot']
+    return float(snap['account']['cash'] + sum(q * snap['prices'][x] for x, q in snap['account']['positions'].items() if q))
+
+FAILED = (OrderStatus.REJECTED.value, OrderStatus.UNKNOWN.value)
+
+def figures(journal: Journal, every: int) -> dict[str, Any]:
+    "The figures of a journal; `every`: ms between two decisions. A failed order is one that the venue refused, or whose fate is open."
+    orders, times = [r['status'] for r in journal.rows('orders')], [d['time'] for d in journal.rows('(select time from decisions)', 'time')]
+    due = (times[-1] - times[0]) // every + 1 if times else 0
+    return {'decisions': len(times), 'missed': due - len(times), 'uptime': len(times) / max(1, due), 'hours': due * every / HOUR, 'orders': len(orders),
+        'failed_orders': sum(orders.count(x) for x in FAILED), 'by_status': {x.value: orders.count(x.value) for x in OrderStatus if orders.count(x.value)}, 'fills': journal.count('fills'), 'incidents': journal.count('incidents')}
+
+# %% ../nbs/41_live.ipynb #99b2a456
+def seen_of(r: Runner) -> dict[str, Any]:
+    "The runner now, as the view reads it."
+    now, s, account, guard = r.venue.clock.now(), r.s, r.memory.account, r.memory.state.guard
+    prices, equity, counts = r.prices(), r.equity(), figures(r.journal, r.every)
+    last, halts, rate = r.journal.last_decision(), r.desk.halts, max(1.0, r.venue.clock.rate)
+    reasons, targets = (last['decision']['reasons'], last['decision']['targets']) if last else ({}, {})
+    def position(x: str, amount: float) -> dict[str, Any]:
+        value = amount * prices[x] if x in prices else None
+        return {'symbol': x, 'amount': amount, 'price': prices.get(x), 'value': value, 'weight': value / equity if value is not None and equity else None, 'target': targets.get(x), 'reason': reasons.get(x, '')}
+    def order(o: Order) -> dict[str, Any]:
+        i = o.intent
+        return {'client_id': i.client_id, 'symbol': i.symbol, 'side': i.side, 'amount': i.amount, 'filled': o.filled, 'price': i.price, 'status': o.status.value, 'age_ms': now - i.time}
+    kills = r.journal.fact('kills') or []
+    return {'time': now, 'stage': s.live.stage, 'source': r.store.key.source, 'venue': (r.orders or r.venue).client.id, 'model': r.predictor.model_hash, 'settings': s.hash, 'killed': r.switch.why(), 'next': r.due,
+        'decisions': counts['decisions'], 'missed': counts['missed'], 'uptime': counts['uptime'],
+        'feeds': [{'symbol': x, 'price': y.price.value if y.price else None, 'spread': (y.quote.ask - y.quote.bid) / y.quote.ask if y.quote else None, 'age_ms': y.price.age(now) / rate if y.price else None, 'missing': len(y.doubts), 'halted': halts.get(x, '')} for x, y in r.feed.symbols.items()],
+        'positions': [position(x, account.positions.get(x, 0.0)) for x in s.data.symbols], 'orders': [order(o) for o in r.memory.pending.values()],
+        'equity': equity, 'cash': account.cash, 'peak': guard.peak or None, 'drawdown': 1 - equity / guard.peak if equity is not None and guard.peak else None, 'day_loss': 1 - equity / guard.day_equity if equity is not None and guard.day_equity else None,
+        'limits': {k: getattr(s.risk, k) for k in ('max_drawdown', 'max_daily_loss', 'max_gross')}, 'breaker': r.desk.breaker.state(now), 'breaker_reason': r.desk.breaker.reason,
+        'curve': [list(x) for x in r.curve], 'incidents': [{k: x[k] for k in ('time', 'kind', 'text')} for x in r.journal.rows('(select * from incidents order by rowid desc limit 50)', 'wall desc')],
+        'counts': {'orders': counts['orders'], 'fills': counts['fills'], 'rejected': counts['by_status'].get('rejected', 0), 'unknown': counts['by_status'].get('unknown', 0), 'failed': counts['failed_orders']},
+        'latency': {**{f'{k}_ms': _percentiles(v) for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
+
+def _percentiles(took: Sequence[float]) -> dict[str, float | None]:
+    p50, p99 = (float(x) for x in np.percentile(np.array(took), (50, 99))) if took else (None, None)
+    return {'p50': p50, 'p99': p99}
 
 # %% ../nbs/41_live.ipynb #b8c9a234
+BEAT, RECONCILE = 0.05, 60.0      # s of the wall: the longest wait, and between two looks at the books (of market time where that runs faster, but at least 5 s of the wall)
+
 async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) -> None:
     "Run until `stop` is set or market time reaches `until` (ms)."
     ended = asyncio.Event()
     following = asyncio.create_task(r.follower.run(ended))
+    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended))]
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
-            await asyncio.wait({following}, timeout=0.05)
-            if following.done(): following.result()      # a fault that no other try cures
+            r.follower.changed.clear()
+            changed = asyncio.create_task(r.follower.changed.wait())
+            await asyncio.wait({following, changed}, timeout=BEAT, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            for task in (following, *beside):
+                if task.done(): task.result()      # a fault that no other try cures
             await r.tend()
     finally:
         ended.set()
+        await asyncio.gather(*beside, return_exceptions=True)
         await following
+
+async def _every(ended: asyncio.Event, seconds: float, work: Callable[[], Awaitable[Any]]) -> None:
+    while not ended.is_set():
+        await work()
+        await asyncio.sleep(seconds)
+
+async def _reconciling(r: Runner, ended: asyncio.Event) -> None:
+    "Compare the books once a minute, and soon after a reconnect."
+    if r.reconciler is None: return
+    pause, seen, looked = max(5.0, RECONCILE / max(1.0, r.venue.clock.rate)), len(r.follower.streams.reconnects), time.monotonic()
+    while not ended.is_set():
+        await asyncio.sleep(0.25)
+        back = len(r.follower.streams.reconnects)
+        if time.monotonic() - looked < pause and back == seen: continue
+        await r.calmly('reconcile', r.reconciler.check)
+        looked, seen = time.monotonic(), back
 
 async def run_steps(r: Runner, url: str, stop: asyncio.Event, until: int, every: Callable[[int], None] = lambda now: None) -> None:
     "Step the emulator at `url` minute by minute until market time `until` (ms)."
@@ -372,28 +481,50 @@ class ModelMetrics:
         yield index
 
 # %% ../nbs/41_live.ipynb #4c1d3433
-async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: Callable[[str], None] = print, metrics_port: int | None = None) -> dict[str, Any]:
-    "Run until a signal, or for `minutes` of market time; the session's figures."
+def restless(p: EnsemblePredictor) -> EnsemblePredictor:
+    "The same models, never silent: a drill needs many orders, not wisdom."
+    return replace(p, blend=replace(p.blend, threshold=0.0), max_drift=1.0)
+
+async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: Callable[[str], None] = print, metrics_port: int | None = None, drill: bool = False,
+        reached: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
+    "Run until a signal, or for `minutes` of market time; the session's figures. SIGUSR1 throws the kill switch. `drill`: the models are never silent; on an emulator only."
     stop = asyncio.Event()
     for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: throw(kill_file(s), 'signal SIGUSR1'))
+    if drill and not emulator: raise Refused('--drill: on an emulator only')
     store = await live_store(s, emulator)
     where = places(s, store.key.source)
+    # On an emulator without models of its own market the committed champion speaks.
+    models = where.models if (where.models / MANIFEST).exists() or not emulator else places(s, 'recorded').models
     allowed: tuple[Source, ...] = ('simulated', 'recorded') if emulator else ('recorded', 'exchange')
-    def newest(used: str) -> EnsemblePredictor | None: return None if model_hash(read_manifest(where.models)) == used else load_predictor(where.models, s, allowed)
+    shaped = restless if drill else lambda p: p
+    def newest(used: str) -> EnsemblePredictor | None: return None if model_hash(read_manifest(models)) == used else shaped(load_predictor(models, s, allowed))
     # What is missing is told before anything is asked of the venue.
-    predictor = load_predictor(where.models, s, allowed)
-    async with open_market(s, emulator) as market:
-        journal = Journal(market.key.journal(where.data, s.live.stage))
-        try:
-            runner = Runner(s, market.venue, store, journal, predictor, say, newest)
-            if metrics_port is not None: serve_metrics(metrics_port, Metrics(runner.follower), ModelMetrics(runner.forecaster))
-            await runner.start()
-            say(f'stage {s.live.stage}, {market.source} market, first decision at {utc(runner.due)}')
-            until = market.venue.clock.now() + minutes * MINUTE if minutes else None
-            if market.told and market.told['speed'] == 'step': await run_steps(runner, str(emulator), stop, until or int(market.told['end']))
-            else: await run_clock(runner, stop, until)
-            return await runner.finish()
-        finally: journal.close()
+    predictor = shaped(load_predictor(models, s, allowed))
+    while True:
+        try: return await _session(s, emulator, minutes, stop, store, where.data, predictor, newest, say, metrics_port, reached)
+        except Retry as e:       # the venue does not answer while we start: it will
+            if stop.is_set(): raise
+            say(str(e))
+            with contextlib.suppress(TimeoutError): await asyncio.wait_for(stop.wait(), 1.0)
+            if stop.is_set(): raise Retry('stopped before the streams were open') from None
+
+async def _session(s: Settings, emulator: str | None, minutes: int | None, stop: asyncio.Event, store: Store, data: Path, predictor: EnsemblePredictor, newest: Callable[[str], EnsemblePredictor | None],
+        say: Callable[[str], None], metrics_port: int | None, reached: Callable[[str], None]) -> dict[str, Any]:
+    async with open_market(s, emulator) as market, order_venue(s, market.venue) as orders:
+        path = market.key.journal(data, s.live.stage)
+        with lock_account(orders, path):
+            journal = Journal(path)
+            try:
+                runner = Runner(s, market.venue, store, journal, predictor, say, newest, orders, reached)
+                if metrics_port is not None: serve_metrics(metrics_port, Metrics(runner.follower), ModelMetrics(runner.forecaster))
+                await runner.start()
+                say(f'stage {s.live.stage}, {market.source} market, first decision at {utc(runner.due)}')
+                until = market.venue.clock.now() + minutes * MINUTE if minutes else None
+                if market.told and market.told['speed'] == 'step': await run_steps(runner, str(emulator), stop, until or int(market.told['end']))
+                else: await run_clock(runner, stop, until)
+                return await runner.finish()
+            finally: journal.close()
 
 # %% ../nbs/41_live.ipynb #588b6d5a
 if __name__ == '__main__' and 'ipykernel' not in sys.modules:

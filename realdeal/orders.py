@@ -7,12 +7,13 @@ from __future__ import annotations
 import hashlib, math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 import numpy as np
 from .settings import Settings
-from .types import Account, BuySell, Decision, Intent, MarketRules, Order, OrderKind, OrderStatus, Refused
+from .types import Account, BuySell, Decision, Fill, Intent, MarketRules, Order, OrderKind, OrderStatus, Refused
 
 # %% auto #0
-__all__ = ['Numbers', 'client_id', 'multiple', 'round_down', 'wanted', 'plan', 'advance']
+__all__ = ['Numbers', 'client_id', 'multiple', 'round_down', 'wanted', 'plan', 'Told', 'possible', 'advance']
 
 # %% ../nbs/30_orders.ipynb #e905d33f
 def client_id(account: str, stage: str, symbol: str, time: int, leg: int = 0, attempt: int = 0) -> str:
@@ -73,11 +74,23 @@ def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapp
 
 # %% ../nbs/30_orders.ipynb #9bd08ac4
 _NEXT: dict[OrderStatus, dict[str, OrderStatus]] = {
-    OrderStatus.NEW: {'sent': OrderStatus.SENT},
+    OrderStatus.NEW: {'sent': OrderStatus.SENT, 'held': OrderStatus.HELD},
     OrderStatus.SENT: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'rejected': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN, 'canceled': OrderStatus.CANCELED},
-    OrderStatus.UNKNOWN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'never arrived': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN},
+    OrderStatus.UNKNOWN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'never arrived': OrderStatus.ABSENT, 'lost': OrderStatus.UNKNOWN},
     OrderStatus.OPEN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'lost': OrderStatus.UNKNOWN},
+    OrderStatus.FILLED: {'filled': OrderStatus.FILLED},                                          # told twice
+    OrderStatus.CANCELED: {'canceled': OrderStatus.CANCELED, 'filled': OrderStatus.FILLED},      # a fill that was told late
+    OrderStatus.ABSENT: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED},      # it arrived after all
 }
+
+class Told(NamedTuple):
+    "What a broker says of an order: the `event`, empty when there is none, and its fills so far or some of them, each told as often as one likes."
+    event: str
+    fills: Sequence[Fill] = ()
+    venue_id: str | None = None
+    reason: str = ''
+
+def possible(order: Order, event: str) -> bool: return event in _NEXT.get(order.status, {})
 
 def advance(order: Order, event: str, *, venue_id: str | None = None, filled: float | None = None, reason: str = '') -> Order:
     "The order after `event`; Refused for a step that is not in the table."

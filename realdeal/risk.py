@@ -6,11 +6,12 @@
 from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from .settings import Risk, Strategy
 from .types import DAY, MINUTE, Signal
 
 # %% auto #0
-__all__ = ['YEAR_MINUTES', 'wanted_weight', 'cap_gross', 'Guard', 'may_send']
+__all__ = ['YEAR_MINUTES', 'MAX_SKEW', 'wanted_weight', 'cap_gross', 'Guard', 'Standing', 'objection', 'Breaker', 'may_send']
 
 # %% ../nbs/28_risk.ipynb #9eb0e9b2
 YEAR_MINUTES = 365 * 1440
@@ -54,6 +55,51 @@ class Guard:
     def blocks(self, time: int) -> str | None:
         "Why nothing may be held at `time`, or None."
         return self.reason if time < self.blocked_until else None
+
+# %% ../nbs/28_risk.ipynb #40b22267
+class Standing(NamedTuple):
+    "What is known when an order is about to leave: `mark`: the newest price (quote) and its `age` (ms); `equity` in quote; `recent`: orders sent in the last minute; `skew`: ms between the venue's clock and ours; `half_spread` as a fraction of the price."
+    mark: float | None
+    age: float
+    equity: float
+    recent: int = 0
+    skew: float = 0.0
+    half_spread: float = 0.0
+
+MAX_SKEW = 1000      # ms; the venue takes no stamp that is farther ahead
+
+def objection(amount: float, price: float, at: Standing, r: Risk, reduces: bool = False) -> str:
+    "Why an order of `amount` (base), meant at `price` (quote), must not leave; empty when it may. What only reduces a position is free of size and collar: it must be possible to get out."
+    if at.mark is None or at.age > r.max_age * 1000: return f'the price is {"unknown" if at.mark is None else f"{at.age / 1000:.0f} s old"}, [risk] max_age allows {r.max_age} s'
+    if abs(at.skew) > MAX_SKEW: return f'the clock is {at.skew:.0f} ms away from the venue\'s'
+    if not reduces and amount * at.mark > r.max_order * at.equity: return f'{amount * at.mark:.2f} is {amount * at.mark / max(at.equity, 1e-9):.2f} of the equity, [risk] max_order allows {r.max_order}'
+    if at.recent >= r.max_orders: return f'{at.recent} orders in the last minute, [risk] max_orders allows {r.max_orders}'
+    if not reduces and abs(price / at.mark - 1) > r.collar: return f'meant at {price:g}, but the market is at {at.mark:g}: [risk] collar allows {r.collar:.1%}'
+    return ''
+
+# %% ../nbs/28_risk.ipynb #d33a54fa
+@dataclass(frozen=True)
+class Breaker:
+    "`failures` in a row; open until market time `until` (ms). Plain numbers: it is journalled as JSON."
+    failures: int = 0
+    until: int = 0
+    reason: str = ''
+
+    def state(self, time: int) -> str:
+        "closed, open or half-open at `time` (ms)."
+        return 'closed' if not self.reason else 'open' if time < self.until else 'half-open'
+
+    def failed(self, time: int, why: str, r: Risk) -> Breaker:
+        n = self.failures + 1
+        return Breaker(n, time + r.pause * MINUTE, f'{n} failures in a row, the last: {why}') if self.reason or n >= r.max_failures else replace(self, failures=n)
+
+    def worked(self) -> Breaker: return Breaker()
+
+    def objection(self, time: int, reduces: bool, in_flight: int) -> str:
+        "Why an order must not leave; `reduces`: it brings a position nearer to nothing; `in_flight`: orders whose answer is awaited."
+        state = self.state(time)
+        if reduces or state == 'closed' or (state == 'half-open' and not in_flight): return ''
+        return f'the circuit breaker is {state}: {self.reason}'
 
 # %% ../nbs/28_risk.ipynb #90a05502
 def may_send(latch: str | None, readable: bool = True) -> tuple[bool, str]:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .types import BadSetting, slug
 
 # %% auto #0
-__all__ = ['Fraction', 'Count', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model', 'Live', 'Paths',
-           'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
+__all__ = ['Fraction', 'Count', 'RUNNER_LIMITS', 'Section', 'Project', 'Data', 'Orders', 'Strategy', 'Costs', 'Risk', 'Model',
+           'Live', 'Paths', 'Run', 'Settings', 'find_settings', 'read_settings', 'code_version']
 
 # %% ../nbs/02_settings.ipynb #ebe58867
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -86,6 +86,15 @@ class Risk(Section):
     cooldown: Annotated[int, Field(ge=0)] = 1440
     max_daily_loss: Annotated[float, Field(gt=0, le=0.5)] = 0.03
     max_drift: Annotated[float, Field(ge=0, le=1)] = 0.5
+    kill_drawdown: Annotated[float, Field(gt=0, le=1)] = 0.15
+    max_order: Annotated[float, Field(gt=0, le=3)] = 1.0
+    max_orders: Count = 60
+    collar: Annotated[float, Field(gt=0, le=0.5)] = 0.02
+    max_age: Count = 90
+    max_failures: Count = 5
+    pause: Count = 15
+
+RUNNER_LIMITS = {'kill_drawdown', 'max_order', 'max_orders', 'collar', 'max_age', 'max_failures', 'pause'}
 
 class Model(Section):
     test_days: Annotated[int, Field(ge=5)] = 365
@@ -149,9 +158,15 @@ class Settings(Section):
 
     @property
     def hash(self) -> str:
-        "SHA-256 (16 hex digits) of every value that can change a result; folders and the number of processes cannot."
-        values = self.model_dump(mode='json', exclude={'home': True, 'paths': True, 'project': True, 'model': {'workers'}})
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        "SHA-256 (16 hex digits) of every value that can change a result; folders, the number of processes and the runner's own limits cannot."
+        return self._digest({'home': True, 'paths': True, 'project': True, 'model': {'workers'}, 'risk': RUNNER_LIMITS})
+
+    @property
+    def runner_hash(self) -> str:
+        "The same of every value that can change what a runner does."
+        return self._digest({'home': True, 'paths': True, 'project': True, 'live': True})
+
+    def _digest(self, without: Any) -> str: return hashlib.sha256(json.dumps(self.model_dump(mode='json', exclude=without), sort_keys=True).encode()).hexdigest()[:16]
 
     def override(self, **sections: Mapping[str, Any]) -> Settings:
         "A validated copy with some values changed: `s.override(model={'trials': 5})`."
@@ -224,7 +239,7 @@ def read_settings(path: Path | str | None = None, env: Mapping[str, str] | None 
     for section, key in over:
         if section not in ('risk', 'costs'): continue
         new, old = (getattr(getattr(x, section), key) for x in (made, base))
-        if new < old if (section == 'costs' and key != 'participation') or key == 'cooldown' else new > old:
+        if new < old if (section == 'costs' and key != 'participation') or key in ('cooldown', 'pause') else new > old:
             raise BadSetting(f'environment {_ENV}{section.upper()}_{key.upper()} = {over[section, key]}: settings.ini says {old}; there a limit may only be tightened and a cost only be raised')
     return made
 

@@ -10,19 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, UTC
 from pathlib import Path
-from time import time_ns
+from time import time as wall, time_ns
 from typing import Any, NamedTuple
 import duckdb, numpy as np, polars as pl
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 from .provenance import Source
-from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, NotWritten, Order, Stop, as_dict, slug
+from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, NotWritten, Order, OrderStatus, Stop, as_dict, slug
 
 FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
 __all__ = ['FrameSchema', 'CANDLES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles', 'candle_frame',
-           'read_candle_file', 'dense', 'StoreKey', 'Mark', 'Store', 'write_parquet', 'Journal']
+           'read_candle_file', 'dense', 'StoreKey', 'Mark', 'Store', 'write_parquet', 'Journal', 'as_order']
 
 # %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
@@ -359,6 +359,8 @@ _TABLES = '''
     create table if not exists orders (client_id text primary key references intents, status text not null, body text not null);
     create table if not exists fills (trade_id text primary key, client_id text not null, time integer not null, body text not null);
     create table if not exists latches (name text primary key, reason text not null, time integer not null);
+    create table if not exists incidents (time integer not null, wall real not null, kind text not null, symbol text not null, text text not null);
+    create index if not exists fills_by_order on fills (client_id);
     create table if not exists facts (name text primary key, body text not null);
 '''
 
@@ -402,6 +404,7 @@ class Journal:
         names = [c[0] for c in cur.description]
         return [{n: json.loads(v) if n in ('body', 'inputs', 'decision', 'state') else v for n, v in zip(names, r, strict=True)} for r in cur]
 
+    def count(self, table: str) -> int: return int(self.db.execute(f'select count(*) from {table}').fetchone()[0])
     def last_decision(self) -> dict[str, Any] | None:
         rows = self.rows('(select * from decisions order by time desc limit 1)', 'time')
         return rows[0] if rows else None
@@ -412,5 +415,26 @@ class Journal:
         "The reason why the latch is set; None when it is open."
         row = self.db.execute('select reason from latches where name=?', (name,)).fetchone()
         return row[0] if row else None
+    def open_latch(self, name: str) -> bool:
+        "False when it was not set."
+        return self.db.execute('delete from latches where name=?', (name,)).rowcount == 1
+    def latches(self, prefix: str) -> dict[str, str]:
+        "Reasons of the latches that are set and begin with `prefix`, by the rest of their name."
+        return {n[len(prefix):]: r for n, r in self.db.execute('select name, reason from latches where name like ? order by name', (f'{prefix}%',))}
+
+    def note(self, kind: str, text: str, time: int, symbol: str = '') -> None:
+        "Keep an incident of market time `time` (ms), with the wall's time (s)."
+        self.db.execute('insert into incidents values (?,?,?,?,?)', (time, wall(), kind, symbol, text))
+    def fills(self, client_id: str | None = None, after: int = -1) -> list[Fill]:
+        "Fills of one order, or of all, later than `after` (ms), in order of time."
+        found = self.db.execute('select body from fills where time > ? order by time, rowid' if client_id is None else 'select body from fills where time > ? and client_id = ? order by time, rowid', (after, *([client_id] if client_id else [])))
+        return [Fill(**json.loads(r[0])) for r in found]
+    def orders(self) -> dict[str, Order]:
+        "Every order by client id. An intent without one was written, and the process died before it was sent or heard the answer: nobody knows."
+        kept = {r['client_id']: as_order(r['body']) for r in self.rows('orders')}
+        meant = {r['client_id']: Intent(**r['body']) for r in self.rows('intents')}
+        return kept | {k: Order(i, OrderStatus.UNKNOWN, reason='the process ended before the answer') for k, i in meant.items() if k not in kept}
+
+def as_order(d: Mapping[str, Any]) -> Order: return Order(**{**d, 'intent': Intent(**d['intent']), 'status': OrderStatus(d['status'])})
 
 def _dump(x: Any) -> str: return json.dumps(as_dict(x), sort_keys=True, allow_nan=False)

@@ -228,9 +228,11 @@ class OrderStatus(StrEnum):
     FILLED = 'filled'
     CANCELED = 'canceled'
     REJECTED = 'rejected'
+    ABSENT = 'absent'      # it never arrived, as far as the venue tells; should it appear after all, it is followed again
+    HELD = 'held'          # never sent: a guard of ours said no
 
     @property
-    def is_final(self) -> bool: return self in (OrderStatus.FILLED, OrderStatus.CANCELED, OrderStatus.REJECTED)
+    def is_final(self) -> bool: return self not in (OrderStatus.NEW, OrderStatus.SENT, OrderStatus.UNKNOWN, OrderStatus.OPEN)
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -243,7 +245,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    "One execution. `amount` in base, `price` and `fee` in quote."
+    "One execution. `amount` in base, `price` and `fee` in quote; a fee that was taken in another coin than the quote: `fee_amount` of `fee_coin`."
     client_id: str
     symbol: str
     side: BuySell
@@ -253,18 +255,32 @@ class Fill:
     time: int
     liquidity: Liquidity = 'taker'
     trade_id: str = ''
+    fee_coin: str = ''
+    fee_amount: float = 0.0
 
     @property
     def sign(self) -> int: return 1 if self.side == 'buy' else -1
     @property
     def cash(self) -> float:
-        "Change of cash by this fill, in quote."
-        return -self.sign * self.amount * self.price - self.fee
+        "Change of cash by this fill, in quote. A fee in a third coin costs the bot its worth; one in base is taken from the position."
+        return -self.sign * self.amount * self.price - (0.0 if self.fee_coin and self.fee_coin == self.base else self.fee)
+    @property
+    def base(self) -> str: return self.symbol.partition('/')[0]
+    @property
+    def position(self) -> float:
+        "Change of the position, in base."
+        return self.sign * self.amount - (self.fee_amount if self.fee_coin and self.fee_coin == self.base else 0.0)
+    @property
+    def moved(self) -> dict[str, float]:
+        "By how much the venue's balance of each coin changes."
+        paid = self.fee_coin or self.symbol.partition('/')[2]
+        coins = {self.base: self.sign * self.amount, self.symbol.partition('/')[2]: -self.sign * self.amount * self.price}
+        return {**coins, paid: coins.get(paid, 0.0) - (self.fee_amount if self.fee_coin else self.fee)}
 
 # %% ../nbs/01_types.ipynb #99610ee2
 def settle(account: Account, fill: Fill) -> Account:
     "The account after `fill`."
-    held = round(account.positions.get(fill.symbol, 0.0) + fill.sign * fill.amount, 12)      # a sum of many fills collects dust
+    held = round(account.positions.get(fill.symbol, 0.0) + fill.position, 12)      # a sum of many fills collects dust
     return replace(account, cash=account.cash + fill.cash, positions={**account.positions, fill.symbol: held})
 
 # %% ../nbs/01_types.ipynb #3d944422
