@@ -197,12 +197,13 @@ def _given(values: Mapping[str, Any], section: str, key: str) -> str: return str
 # %% ../nbs/02_settings.ipynb #af4d8054
 _FILE_ONLY = {('live', 'stage'), ('live', 'armed')}
 _ENV = 'REALDEAL_'
+_NO_SETTINGS = {'REALDEAL_DATA', 'REALDEAL_NOTIFY'}
 
 def _from_env(env: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    "The overrides in `env` as {(section, key): text}. REALDEAL_DATA is the recorded candles' folder, not a setting."
+    "The overrides in `env` as {(section, key): text}. REALDEAL_DATA, the recorded candles' folder, and REALDEAL_NOTIFY, addresses that hold tokens, are not settings."
     out = {}
     for name, text in env.items():
-        if not name.startswith(_ENV) or name == 'REALDEAL_DATA': continue
+        if not name.startswith(_ENV) or name in _NO_SETTINGS: continue
         section, _, key = name[len(_ENV):].lower().partition('_')
         if section not in _SECTIONS or not key: raise BadSetting(f'environment {name}: no section [{section}], expected REALDEAL_<SECTION>_<KEY>')
         if (section, key) in _FILE_ONLY: raise BadSetting(f'environment {name}: [{section}] {key} is read from settings.ini only')
