@@ -1535,6 +1535,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.view.Log.__call__': ('view.html#log.__call__', 'realdeal/view.py'),
                                'realdeal.view.Log.__init__': ('view.html#log.__init__', 'realdeal/view.py'),
                                'realdeal.view.Log.close': ('view.html#log.close', 'realdeal/view.py'),
+                               'realdeal.view.Log.lost': ('view.html#log.lost', 'realdeal/view.py'),
                                'realdeal.view.OrderSeen': ('view.html#orderseen', 'realdeal/view.py'),
                                'realdeal.view.Page': ('view.html#page', 'realdeal/view.py'),
                                'realdeal.view.Page.__init__': ('view.html#page.__init__', 'realdeal/view.py'),

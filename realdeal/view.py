@@ -526,11 +526,17 @@ class Log:
         line = {'time': datetime.now(UTC).isoformat(timespec='milliseconds'), 'level': level, 'event': event, **fields}
         self._file.handle(logging.makeLogRecord({'msg': json.dumps(self.redact.deep(plain(line)), ensure_ascii=False)}))
 
+    @property
+    def lost(self) -> int:
+        "Events that could not be written."
+        return self._file.lost
+
     def close(self) -> None: self._file.close()
 
 class _Private(RotatingFileHandler):
+    lost = 0
     def _open(self) -> Any: return open(self.baseFilename, self.mode, encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600))
-    def handleError(self, record: logging.LogRecord) -> None: pass
+    def handleError(self, record: logging.LogRecord) -> None: self.lost += 1
 
 # %% ../nbs/40_view.ipynb #e59b3c5f
 def notify_urls(env: Mapping[str, str] | None = None) -> tuple[str, ...]:
