@@ -163,8 +163,9 @@ def _head(seen: Mapping[str, Any]) -> Any:
 
 def _grid(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     "A table; columns whose head begins with > stand right."
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    t = Table(title=f'{title}{"" if rows else ": none"}', title_justify='left', expand=True, show_header=bool(rows))
+    t = Table(title=f'{title}{"" if rows else ": none"}', title_justify='left', title_style='bold', expand=True, box=SIMPLE_HEAD, show_header=bool(rows) and any(h.strip('>') for h in heads))
     for h in heads: t.add_column(h.lstrip('>'), justify='right' if h.startswith('>') else 'left', no_wrap=h.startswith('>'))
     for r in rows: t.add_row(*[_text(clean(c)) for c in r])
     return t
@@ -280,8 +281,8 @@ header { display: flex; flex-wrap: wrap; align-items: center; gap: 12px; margin-
 button { font: inherit; font-weight: 600; padding: 7px 16px; border-radius: 6px; border: 1px solid var(--line); background: var(--card); color: var(--ink); cursor: pointer } button:disabled { opacity: .45; cursor: default } .danger { background: #b42318; border-color: #b42318; color: #fff }
 .note { padding: 10px 14px; margin-bottom: 12px; border-radius: 6px; border-left: 6px solid; background: var(--card) } .note b { letter-spacing: .04em } #simulated { background: var(--warn); color: var(--warnink); border-color: #d97706 } #killed, #silent, #ails { border-color: #b42318; color: var(--red) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; margin-bottom: 12px; min-width: 0 } #tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 12px }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px } .tile b { display: block; font-size: 1.3rem; font-weight: 600 } .tile small { color: var(--muted) } meter { width: 100%; height: 8px; display: block; margin-top: 3px }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: 0 12px } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem } th, td { text-align: left; padding: 5px 8px 5px 0; border-bottom: 1px solid var(--line) } th { color: var(--muted); font-weight: 500 } tr:last-child td { border-bottom: 0 } .n { text-align: right; white-space: nowrap }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px } .tile b { display: block; font-size: 1.3rem; font-weight: 600 } .tile small { color: var(--muted) } meter { width: 100%; height: 12px; display: block; margin-top: 3px }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); gap: 0 12px } .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem } th, td { text-align: left; padding: 5px 16px 5px 0; vertical-align: top; border-bottom: 1px solid var(--line) } th { color: var(--muted); font-weight: 500 } tr > :last-child { padding-right: 0 } tr:last-child td { border-bottom: 0 } .n { text-align: right; white-space: nowrap }
 svg { display: block; width: 100%; height: 220px } svg polyline { fill: none; stroke: var(--blue); stroke-width: 1.8; vector-effect: non-scaling-stroke } svg polygon { fill: var(--fill) } svg line { stroke: var(--line); vector-effect: non-scaling-stroke } .span { display: flex; justify-content: space-between; color: var(--muted); font-size: .8rem }
 dialog { border: 1px solid var(--line); border-radius: 10px; padding: 20px; width: min(440px, 92vw); background: var(--card); color: var(--ink) } dialog::backdrop { background: #0008 } dialog h2 { font-size: 1.05rem; text-transform: none; letter-spacing: 0; color: var(--ink) } label { display: block; margin: 10px 0 } input[type=text] { width: 100%; font: inherit; padding: 7px 9px; margin-top: 4px; border: 1px solid var(--line); border-radius: 6px; background: var(--ground); color: inherit } .row { display: flex; gap: 10px; justify-content: flex-end; margin-top: 14px }
 .old main { opacity: .4 } footer { color: var(--muted); font-size: .82rem } @media (max-width: 560px) { body { padding: 12px } #now { margin: 0; width: 100%; order: 9 } }
@@ -381,6 +382,7 @@ async function look() {
   } catch { why = 'The runner does not answer' + (heard ? ' since ' + heard + '. What is below is old.' : '.'); }
   if (seen) { heard = new Date().toISOString().slice(11, 19) + ' UTC'; draw(seen); }
   show('silent', why);
+  if (!seen && !$('health').hidden) { $('health').textContent = 'silent'; $('health').className = 'chip unwell'; }
   document.body.classList.toggle('old', !seen);
   setTimeout(look, 1000);
 }
@@ -431,12 +433,13 @@ class Page:
         self.seen, self.kill, self.token, self.collectors = seen, kill, read_token(token_file), collectors
         self.hosts: tuple[str, ...] = ()
         self._runner: web.AppRunner | None = None
+        self._kills = set[asyncio.Future[Mapping[str, Any]]]()
 
     async def start(self, port: int = 0) -> str:
         "Listen on `port` (0: any); the address to open, which holds the token: it is for the operator's eyes, not for a log. Stop when the port is taken."
         app = web.Application(client_max_size=4096)
         app.router.add_route('*', '/{rest:.*}', self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
         await self._runner.setup()
         try: await web.TCPSite(self._runner, '127.0.0.1', port).start()
         except (OSError, OverflowError) as e:
@@ -447,8 +450,10 @@ class Page:
         return f'http://{self.hosts[0]}/#token={self.token}'
 
     async def stop(self) -> None:
+        "Listen no more; a kill that has begun is carried out first."
         if self._runner: await self._runner.cleanup()
         self._runner = None
+        if self._kills: await asyncio.wait(self._kills)
 
     async def _answer(self, request: web.Request) -> web.Response:
         try: answer = await self._route(request)
@@ -491,14 +496,16 @@ class Page:
         match asked:
             case {'reason': str(reason), 'flatten': bool(flatten), **more} if not more and 0 < len(reason.strip()) <= 200: pass
             case _: return _no(400, 'expected {"reason": 1 to 200 characters, "flatten": true or false}')
-        # A browser that leaves, or a page that stops, does not take a kill back.
-        try: return _json(await asyncio.shield(asyncio.ensure_future(self.kill(clean(reason.strip()), flatten))))
+        killing = asyncio.ensure_future(self.kill(clean(reason.strip()), flatten))
+        self._kills.add(killing)
+        killing.add_done_callback(self._kills.discard)
+        try: return _json(await asyncio.shield(killing))      # whoever leaves takes no kill back
         except RealdealError as e: return _no(500, str(e))
         except Exception as e: return _no(500, f'the kill switch failed: {type(e).__name__}')
 
 # %% ../nbs/40_view.ipynb #6064bb8c
 _NAMED = re.compile(r'(?i)secret|passw|token|signature|api_?-?key|authorization|listen_?key')
-_PAIR = re.compile(r'(?i)\b([\w-]*(?:secret|passw|token|signature|api_?-?key|authorization|listen_?key)[\w-]*["\']?\s*[=:]\s*(?:bearer |basic )?["\']?)([^\s"\'&,;]+)')
+_PAIR = re.compile(r'(?i)\b([\w-]{0,40}(?:secret|passw|token|signature|api_?-?key|authorization|listen_?key)[\w-]{0,40}["\']?\s*[=:]\s*(?:bearer |basic )?["\']?)([^\s"\'&,;]+)')
 
 class Redact:
     "Replaces what must not be told; `known`: secrets, of which those shorter than 6 characters are left out."
@@ -510,7 +517,7 @@ class Redact:
 
     def deep(self, x: Any) -> Any:
         "JSON data without secrets."
-        if isinstance(x, Mapping): return {self(k): '***' if _NAMED.search(k) and isinstance(v, str) else self.deep(v) for k, v in x.items()}
+        if isinstance(x, Mapping): return {self(k): '***' if _NAMED.search(k) and isinstance(v, (str, list, dict)) else self.deep(v) for k, v in x.items()}
         return [self.deep(v) for v in x] if isinstance(x, list) else self(x) if isinstance(x, str) else x
 
 class Log:
