@@ -439,7 +439,7 @@ class Page:
         "Listen on `port` (0: any); the address to open, which holds the token: it is for the operator's eyes, not for a log. Stop when the port is taken."
         app = web.Application(client_max_size=4096)
         app.router.add_route('*', '/{rest:.*}', self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await self._runner.setup()
         try: await web.TCPSite(self._runner, '127.0.0.1', port).start()
         except (OSError, OverflowError) as e:
