@@ -13,13 +13,13 @@ from rich.markup import escape
 from .market import Kind
 from .provenance import Source, places
 from .settings import Settings, read_settings
-from .types import BadData, BadSetting, Missing, RealdealError
+from .types import BadData, BadSetting, Missing, RealdealError, Refused
 
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'TestDays', 'ReserveDays', 'Trials', 'Epochs', 'Market',
-           'Hours', 'Json', 'SIMULATED', 'DEMO', 'main', 'demo', 'run', 'ingest', 'quality', 'import_', 'train',
+           'Hours', 'Json', 'SIMULATED', 'DEMO', 'Why', 'main', 'demo', 'run', 'ingest', 'quality', 'import_', 'train',
            'audit', 'promote', 'rollback', 'retrain', 'walk', 'features', 'backtest', 'report', 'kpi', 'emulator',
-           'live', 'soak']
+           'live', 'kill', 'resume', 'adopt', 'stage', 'soak']
 
 # %% ../nbs/48_cli.ipynb #78ce8a39
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
@@ -280,11 +280,52 @@ def emulator(market: Market = 'realistic', source: Annotated[Literal['simulated'
 @app.command(epilog='Example: [bold]realdeal live --emulator http://127.0.0.1:8765 --minutes 60[/]')
 def live(emulator: Annotated[str | None, typer.Option(help="Base URL of an emulator; default: the venue of the settings.")] = None,
         minutes: Annotated[int | None, typer.Option(help='Stop after so many minutes of market time; default: run until told to stop.')] = None,
-        metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help='Serve Prometheus metrics on this port of 127.0.0.1.')] = None, config: Config = None, as_json: Json = False) -> None:
-    "The runner: decides on live data and trades on paper (or on the emulator in stage testnet)."
-    from realdeal.live import run_live
-    told = asyncio.run(run_live(read_settings(config), emulator, minutes, _note if as_json else _say, metrics_port))
+        port: Annotated[int | None, typer.Option(min=0, max=65535, help='Serve page, /metrics and /healthz on this port of 127.0.0.1 (0: a free one); the address with its token is printed.')] = None,
+        watch: Annotated[bool, typer.Option('--watch', help='Show feeds, positions, orders and risk on the terminal.')] = False,
+        drill: Annotated[bool, typer.Option('--drill', help='The models are never silent, so that there are many orders; on an emulator only.')] = False,
+        crash_at: Annotated[str | None, typer.Option(metavar='STEP:N', help='Kill this process when it has reached the step STEP for the Nth time; with --drill only.')] = None, config: Config = None, as_json: Json = False) -> None:
+    "The runner: decides on live data and trades on paper, on a testnet or with money, as [live] stage says. SIGUSR1 throws its kill switch."
+    from realdeal.live import crashing, run_live
+    if crash_at and not drill: raise Refused('--crash-at: with --drill only')
+    told = asyncio.run(run_live(read_settings(config), emulator, minutes, _note if as_json else _say, port, watch, drill, crashing(crash_at)))
     _say(json.dumps(told, indent=1) if as_json else f'{told["decisions"]} decisions, {told["missed"]} missed, {told["orders"]} orders, {told["failed_orders"]} failed')
+
+Why = Annotated[str, typer.Option('--why', help='The reason, which the journal keeps.')]
+
+@app.command(epilog='Example: [bold]realdeal kill --why "the market has gone mad" --flatten[/]')
+def kill(why: Why, flatten: Annotated[bool, typer.Option('--flatten', help='Sell what the bot holds, too.')] = False, config: Config = None) -> None:
+    "Throw the kill switch of every runner of these settings: nothing leaves any more, and what is open is cancelled. It stays thrown until `realdeal resume`."
+    from realdeal.desk import kill_file, throw
+    throw(kill_file(s := read_settings(config)), why, flatten)
+    _say(f'thrown: {os.path.relpath(kill_file(s))}')
+
+@app.command(epilog='Example: [bold]realdeal resume --why "it was a drill"[/]')
+def resume(why: Why, config: Config = None) -> None:
+    "Open the kill switch again."
+    from realdeal.desk import journals_of, kill_file
+    from realdeal.desk import resume as again
+    opened = again(kill_file(s := read_settings(config)), journals_of(s), why)
+    _say(f'open again: {", ".join(x.stem for x in opened) or "no runner had been killed"}')
+
+@app.command(epilog='Example: [bold]realdeal adopt --why "I moved 100 USDT to savings"[/]')
+def adopt(why: Why, config: Config = None) -> None:
+    "Take over what halted a runner: a foreign order or a transfer in its account. It goes on at its next look at the books."
+    from realdeal.desk import adopt as taken
+    from realdeal.desk import journals_of
+    asked = taken(journals_of(read_settings(config)), why)
+    if not asked: raise Missing('no runner is halted')
+    _say(f'at the next look at the books: {", ".join(x.stem for x in asked)}')
+
+@app.command(epilog='Example: [bold]realdeal stage[/]')
+def stage(config: Config = None, as_json: Json = False) -> None:
+    "Show the stage of the settings, and what is missing for each."
+    from realdeal.ensemble import model_hash, read_manifest
+    from realdeal.stages import STAGES, missing_for, session_of
+    s = read_settings(config)
+    now = session_of(s, model_hash(read_manifest(places(s, 'recorded').models)))
+    missing = {x: missing_for(x, s, now, s.data_dir) for x in STAGES}
+    if as_json: return _say(json.dumps({'stage': s.live.stage, 'missing': missing}, indent=1))
+    for x, lacks in missing.items(): _say(f'{"->" if x == s.live.stage else "  "} {x}: {"open" if not lacks else "closed"}' + ''.join(f'\n     {y}' for y in lacks))
 
 # %% ../nbs/48_cli.ipynb #361b7371
 @app.command(epilog='Example: [bold]realdeal soak --hours 24 --speed 60 --faults storm --seed 7[/]')

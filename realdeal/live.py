@@ -4,8 +4,8 @@
 
 # %% ../nbs/41_live.ipynb #ccbaa96d
 from __future__ import annotations
-import asyncio, contextlib, math, signal, sys, time
-from collections import OrderedDict, deque
+import asyncio, contextlib, math, os, signal, sys, time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .drift import Stability
 from .ensemble import MANIFEST, EnsemblePredictor, Texts, load_predictor, model_hash, read_manifest
 from .exchange import Exchange
 from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
-from .ingest import Follower, Metrics, ask, backfill, live_store, open_market, serve_metrics
+from .ingest import Follower, Metrics, ask, backfill, live_store, open_market
 from .fills import quote_price, terms_of
 from .orders import plan
 from .provenance import Source, places, utc
@@ -27,12 +27,13 @@ from .risk import Standing
 from .settings import Settings
 from .stages import keep_session, lock_account, open_broker, order_venue, session_of
 from .store import Journal, Mark, Store
-from .types import DAY, HOUR, MINUTE, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Retry, Signal, Snapshot, Stop, as_dict
+from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Retry, Signal, Snapshot, Stop, as_dict
+from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RECONCILE', 'Look', 'look', 'week_of', 'history', 'reach', 'Rolling', 'Forecaster',
-           'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps', 'ModelMetrics', 'restless',
-           'run_live']
+__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RECONCILE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history', 'reach',
+           'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
+           'ModelMetrics', 'crashing', 'restless', 'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
@@ -146,8 +147,9 @@ def inputs_of(snap: Snapshot, p: Panel, rows: Sequence[int], **more: Any) -> dic
 class Runner:
     "One runner on one venue, store, journal and predictor."
     def __init__(self, s: Settings, venue: Exchange, store: Store, journal: Journal, predictor: EnsemblePredictor, say: Callable[[str], None] = print,
-            newest: Callable[[str], EnsemblePredictor | None] = lambda _: None, orders: Exchange | None = None, reached: Callable[[str], None] = lambda step: None):
-        """`newest`: given the hash of the model in use, the champion if it is another one now; `orders`: where orders go, by default to `venue` unless the stage is paper; `reached`: is told each step on an order's way."""
+            newest: Callable[[str], EnsemblePredictor | None] = lambda _: None, orders: Exchange | None = None, reached: Callable[[str], None] = lambda step: None,
+            alarm: Callable[[str, str], None] = lambda kind, text: None):
+        """`newest`: given the hash of the model in use, the champion if it is another one now; `orders`: where orders go, by default to `venue` unless the stage is paper; `reached`: is told each step on an order's way; `alarm`: each incident."""
         self.s, self.venue, self.store, self.journal, self.say, self.newest, self.reached = s, venue, store, journal, say, newest, reached
         self.orders = None if s.live.stage == 'paper' else orders or venue
         self.forecaster, self.complaint = Forecaster(store, s.data.symbols, predictor), ''
@@ -155,18 +157,19 @@ class Runner:
         self.follower = Follower(venue, store, s, kinds=('trades', 'candles', 'quotes'), private=self.orders is venue, trades=False,
             tries=2 if self.stepped else 4, pause=0.0 if self.stepped else 1.0, say=say)
         self.feed = self.follower.feed
-        self.memory, self.session = remember(journal, s.risk.capital), session_of(s, self.orders or venue, predictor.model_hash)
+        self.memory, self.session = remember(journal, s.risk.capital), session_of(s, predictor.model_hash, self.orders)
         self.rules: dict[str, MarketRules] = {}
         self.switch = Switch(kill_file(s), journal, venue.clock.now)
         broker = open_broker(self.orders, self._paper, lambda: {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()}, s, self.session, s.data_dir)
-        self.desk = Desk(journal, broker, self.memory, self.switch, s, now=venue.clock.now, standing=self.standing, rules=self.rules, say=say, calm=0.0 if self.stepped or self.orders is None else 1.0, reached=reached)
+        self.desk = Desk(journal, broker, self.memory, self.switch, s, now=venue.clock.now, standing=self.standing, rules=self.rules, say=say, alarm=alarm, calm=0.0 if self.stepped or self.orders is None else 1.0, reached=reached)
         self.reconciler = Reconciler(self.orders, self.desk) if self.orders else None
         if self.orders: self.orders.client.gate = self.desk.gate
         self.follower.heard = self.desk.hear
         self.every = s.strategy.decision_every * MINUTE
         self.due = self.caught = self.minute = 0                                  # the next decision, until when REST was asked (ms), and the minute that was looked at
-        self.stood, self._standing_down = False, asyncio.Lock()
-        self.took: dict[str, deque[float]] = {'decision': deque(maxlen=10_000), 'order': deque(maxlen=10_000)}     # ms from the last bar to the journal, and to the wire
+        self.stood = self.killed = False                                          # nothing is open any more; the switch was seen
+        self._standing_down = asyncio.Lock()
+        self.took = {'decision': Latency('decision', 'From the last bar to the journal', DECISION_MS), 'order': Latency('order', 'From the last bar to the wire', ORDER_MS)}
         self.curve: deque[tuple[int, float]] = deque(maxlen=20_000)
 
     @property
@@ -240,7 +243,7 @@ class Runner:
         self.forecaster.use(new)
         self.caught = 0      # it may read farther back
         self.pin()
-        self.session = session_of(self.s, self.orders or self.venue, new.model_hash)
+        self.session = session_of(self.s, new.model_hash, self.orders)
         keep_session(self.journal, self.session)
 
     async def catch_up(self, end: int) -> None:
@@ -266,8 +269,7 @@ class Runner:
             await self.watch()
         while self.is_due():
             if self.venue.clock.now() >= self.due + self.every:      # too late: the next one is due already
-                self.journal.note('missed', f'the decision of {utc(self.due)}', self.venue.clock.now())
-                self.say(f'{utc(self.due)}  decision missed')
+                self.desk.note('missed', f'the decision of {utc(self.due)}')
             else: await self.step(self.due)
             self.due += self.every
 
@@ -275,11 +277,13 @@ class Runner:
         "Stand down when the switch was thrown, until it is done."
         if self._standing_down.locked(): return
         if self.switch.why() is None:
-            self.stood = False
+            self.stood = self.killed = False
             return
         if self.stood: return
         async with self._standing_down:
             noticed, told = time.time(), self.switch.order()
+            if not self.killed: self.desk.alarm('killed', str(self.switch.why()))
+            self.killed = True
             if not await self.desk.stand_down(): return
             self.stood = True
             left = [t for t in (self.orders.client.left if self.orders else ()) if t > noticed - 60]
@@ -324,14 +328,14 @@ class Runner:
             self.journal.add_decision(at, inputs, decision, state.to_json())
             for i in intents: self.journal.add_intent(i)
         self.reached('journalled')
-        self.took['decision'].append((time.time() - final) * 1000)
+        self.took['decision'].add(max(0.0, time.time() - final) * 1000)
         self.memory.state = state
         self.curve.append((at, snap.equity))
         for i in intents:
             self.say(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
             before = len(self.orders.client.left) if self.orders else 0
             await self.desk.send(i)
-            if self.orders and len(self.orders.client.left) > before: self.took['order'].append((self.orders.client.left[-1] - final) * 1000)
+            if self.orders and len(self.orders.client.left) > before: self.took['order'].add(max(0.0, self.orders.client.left[-1] - final) * 1000)
         await self.desk.follow()
         if self.stepped and self.reconciler: await self.calmly('reconcile', self.reconciler.check)
         if self.stepped and at % HOUR == 0: await self.calmly('funding', self.follower.slow_facts)
@@ -378,7 +382,7 @@ def figures(journal: Journal, every: int) -> dict[str, Any]:
     return {'decisions': len(times), 'missed': due - len(times), 'uptime': len(times) / max(1, due), 'hours': due * every / HOUR, 'orders': len(orders),
         'failed_orders': sum(orders.count(x) for x in FAILED), 'by_status': {x.value: orders.count(x.value) for x in OrderStatus if orders.count(x.value)}, 'fills': journal.count('fills'), 'incidents': journal.count('incidents')}
 
-# %% ../nbs/41_live.ipynb #99b2a456
+# %% ../nbs/41_live.ipynb #40d33d3e
 def seen_of(r: Runner) -> dict[str, Any]:
     "The runner now, as the view reads it."
     now, s, account, guard = r.venue.clock.now(), r.s, r.memory.account, r.memory.state.guard
@@ -400,11 +404,7 @@ def seen_of(r: Runner) -> dict[str, Any]:
         'limits': {k: getattr(s.risk, k) for k in ('max_drawdown', 'max_daily_loss', 'max_gross')}, 'breaker': r.desk.breaker.state(now), 'breaker_reason': r.desk.breaker.reason,
         'curve': [list(x) for x in r.curve], 'incidents': [{k: x[k] for k in ('time', 'kind', 'text')} for x in r.journal.rows('(select * from incidents order by rowid desc limit 50)', 'wall desc')],
         'counts': {'orders': counts['orders'], 'fills': counts['fills'], 'rejected': counts['by_status'].get('rejected', 0), 'unknown': counts['by_status'].get('unknown', 0), 'failed': counts['failed_orders']},
-        'latency': {**{f'{k}_ms': _percentiles(v) for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
-
-def _percentiles(took: Sequence[float]) -> dict[str, float | None]:
-    p50, p99 = (float(x) for x in np.percentile(np.array(took), (50, 99))) if took else (None, None)
-    return {'p50': p50, 'p99': p99}
+        'latency': {**{f'{k}_ms': v.quantiles() for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
 
 # %% ../nbs/41_live.ipynb #b8c9a234
 BEAT, RECONCILE = 0.05, 60.0      # s of the wall: the longest wait, and between two looks at the books (of market time where that runs faster, but at least 5 s of the wall)
@@ -481,13 +481,27 @@ class ModelMetrics:
         yield index
 
 # %% ../nbs/41_live.ipynb #4c1d3433
+def crashing(at: str | None) -> Callable[[str], None]:
+    "Kills this process when it has reached a step for the nth time, `STEP:N`; does nothing for None."
+    if at is None: return lambda step: None
+    (wanted, _, n), times = at.rpartition(':'), Counter[str]()
+    if wanted not in REACHED or not n.isdigit() or int(n) < 1: raise BadSetting(f'--crash-at {at}: expected STEP:N, STEP being one of {", ".join(REACHED)}')
+    def reached(step: str) -> None:
+        times[step] += 1
+        if step == wanted and times[step] == int(n): os.kill(os.getpid(), signal.SIGKILL)
+    return reached
+
+REACHED = ('decided', 'journalled', 'before the wire', 'after the wire', 'kept', 'polled', 'before the cancel', 'meant')     # the steps between a decision and its fill
+
 def restless(p: EnsemblePredictor) -> EnsemblePredictor:
     "The same models, never silent: a drill needs many orders, not wisdom."
     return replace(p, blend=replace(p.blend, threshold=0.0), max_drift=1.0)
 
-async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: Callable[[str], None] = print, metrics_port: int | None = None, drill: bool = False,
+async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: Callable[[str], None] = print, port: int | None = None, watch: bool = False, drill: bool = False,
         reached: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
-    "Run until a signal, or for `minutes` of market time; the session's figures. SIGUSR1 throws the kill switch. `drill`: the models are never silent; on an emulator only."
+    """Run until a signal, or for `minutes` of market time; the session's figures. SIGUSR1 throws the kill switch.
+
+    `port`: of the page (0: any); `watch`: show it on the terminal; `drill`: the models are never silent, on an emulator only."""
     stop = asyncio.Event()
     for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: throw(kill_file(s), 'signal SIGUSR1'))
@@ -502,7 +516,7 @@ async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: 
     # What is missing is told before anything is asked of the venue.
     predictor = shaped(load_predictor(models, s, allowed))
     while True:
-        try: return await _session(s, emulator, minutes, stop, store, where.data, predictor, newest, say, metrics_port, reached)
+        try: return await _session(s, emulator, minutes, stop, store, where.data, predictor, newest, say, port, watch, reached)
         except Retry as e:       # the venue does not answer while we start: it will
             if stop.is_set(): raise
             say(str(e))
@@ -510,21 +524,56 @@ async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: 
             if stop.is_set(): raise Retry('stopped before the streams were open') from None
 
 async def _session(s: Settings, emulator: str | None, minutes: int | None, stop: asyncio.Event, store: Store, data: Path, predictor: EnsemblePredictor, newest: Callable[[str], EnsemblePredictor | None],
-        say: Callable[[str], None], metrics_port: int | None, reached: Callable[[str], None]) -> dict[str, Any]:
+        say: Callable[[str], None], port: int | None, watch: bool, reached: Callable[[str], None]) -> dict[str, Any]:
     async with open_market(s, emulator) as market, order_venue(s, market.venue) as orders:
         path = market.key.journal(data, s.live.stage)
         with lock_account(orders, path):
-            journal = Journal(path)
+            urls = notify_urls()
+            journal, log = Journal(path), Log(data / 'logs' / f'{path.stem}.jsonl', [*urls, *(x for v in (market.venue, orders) if v for x in (v.client.apiKey, v.client.secret) if x)])
+            told, sent = log.redact, set[asyncio.Task[bool]]()
+            def tell(text: str) -> None:
+                log('said', text=text)
+                if not watch: say(told(text))
+            def alarm(kind: str, text: str) -> None:
+                log(kind, 'warning', text=text)
+                if kind not in ALARMS: return
+                task = asyncio.create_task(notify(urls, f'realdeal {s.live.stage}: {kind}', told(text)))
+                sent.add(task)
+                task.add_done_callback(sent.discard)
+            runner = Runner(s, market.venue, store, journal, predictor, tell, newest, orders, reached, alarm)
+            page = Page(lambda: seen_of(runner), _killing(runner), data / 'token', [Metrics(runner.follower), ModelMetrics(runner.forecaster), RunnerMetrics(lambda: seen_of(runner)), *runner.took.values()])
+            showing = [asyncio.create_task(_show(runner))] if watch else []
             try:
-                runner = Runner(s, market.venue, store, journal, predictor, say, newest, orders, reached)
-                if metrics_port is not None: serve_metrics(metrics_port, Metrics(runner.follower), ModelMetrics(runner.forecaster))
                 await runner.start()
-                say(f'stage {s.live.stage}, {market.source} market, first decision at {utc(runner.due)}')
+                # For the operator alone: the address holds the token, so it stands in no log.
+                if port is not None: say(f'page: {await page.start(port)}')
+                tell(f'stage {s.live.stage}, {market.source} market, first decision at {utc(runner.due)}')
                 until = market.venue.clock.now() + minutes * MINUTE if minutes else None
                 if market.told and market.told['speed'] == 'step': await run_steps(runner, str(emulator), stop, until or int(market.told['end']))
                 else: await run_clock(runner, stop, until)
                 return await runner.finish()
-            finally: journal.close()
+            finally:
+                for task in showing: task.cancel()
+                await page.stop()
+                if sent: await asyncio.wait(sent, timeout=10)
+                journal.close()
+                log.close()
+
+ALARMS = ('killed', 'stood down', 'halted', 'breaker', 'missed', 'late', 'repaired')     # incidents that are sent to the addresses in REALDEAL_NOTIFY
+
+def _killing(r: Runner) -> Callable[[str, bool], Awaitable[Mapping[str, Any]]]:
+    async def kill(reason: str, flatten: bool) -> Mapping[str, Any]:
+        throw(kill_file(r.s), reason, flatten)
+        await r.guard()
+        return {'killed': r.switch.why(), 'stood_down': r.stood}
+    return kill
+
+async def _show(r: Runner) -> None:
+    from rich.live import Live
+    with Live(terminal(seen_of(r)), screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(terminal(seen_of(r)), refresh=True)
+            await asyncio.sleep(1.0)
 
 # %% ../nbs/41_live.ipynb #588b6d5a
 if __name__ == '__main__' and 'ipykernel' not in sys.modules:
