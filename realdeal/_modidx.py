@@ -767,6 +767,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.live.ModelMetrics': ('live.html#modelmetrics', 'realdeal/live.py'),
                                'realdeal.live.ModelMetrics.__init__': ('live.html#modelmetrics.__init__', 'realdeal/live.py'),
                                'realdeal.live.ModelMetrics.collect': ('live.html#modelmetrics.collect', 'realdeal/live.py'),
+                               'realdeal.live.Restless': ('live.html#restless', 'realdeal/live.py'),
+                               'realdeal.live.Restless.forecast': ('live.html#restless.forecast', 'realdeal/live.py'),
                                'realdeal.live.Rolling': ('live.html#rolling', 'realdeal/live.py'),
                                'realdeal.live.Rolling.__init__': ('live.html#rolling.__init__', 'realdeal/live.py'),
                                'realdeal.live.Rolling._build': ('live.html#rolling._build', 'realdeal/live.py'),

@@ -282,7 +282,7 @@ def live(emulator: Annotated[str | None, typer.Option(help="Base URL of an emula
         minutes: Annotated[int | None, typer.Option(help='Stop after so many minutes of market time; default: run until told to stop.')] = None,
         port: Annotated[int | None, typer.Option(min=0, max=65535, help='Serve page, /metrics and /healthz on this port of 127.0.0.1 (0: a free one); the address with its token is printed.')] = None,
         watch: Annotated[bool, typer.Option('--watch', help='Show feeds, positions, orders and risk on the terminal.')] = False,
-        drill: Annotated[bool, typer.Option('--drill', help='The models are never silent, so that there are many orders; on an emulator only.')] = False,
+        drill: Annotated[bool, typer.Option('--drill', help='A coin decides instead of the models, so that there are many orders; on an emulator only.')] = False,
         crash_at: Annotated[str | None, typer.Option(metavar='STEP:N', help='Kill this process when it has reached the step STEP for the Nth time; with --drill only.')] = None, config: Config = None, as_json: Json = False) -> None:
     "The runner: decides on live data and trades on paper, on a testnet or with money, as [live] stage says. SIGUSR1 throws its kill switch."
     from realdeal.live import crashing, run_live

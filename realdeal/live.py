@@ -8,15 +8,16 @@ import asyncio, contextlib, math, os, signal, sys, time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 import aiohttp, numpy as np, polars as pl
 from .broker import PaperBroker
 from .decide import decide, snapshot
 from .desk import Desk, Reconciler, Switch, kill_file, remember, throw
 from .drift import Stability
-from .ensemble import MANIFEST, EnsemblePredictor, Texts, load_predictor, model_hash, read_manifest
+from .ensemble import MANIFEST, EnsemblePredictor, Forecast, Texts, load_predictor, model_hash, read_manifest
 from .exchange import Exchange
 from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
 from .ingest import Follower, Metrics, ask, backfill, live_store, open_market
@@ -33,7 +34,7 @@ from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, noti
 # %% auto #0
 __all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RECONCILE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history', 'reach',
            'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
-           'ModelMetrics', 'crashing', 'restless', 'run_live']
+           'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
@@ -493,15 +494,22 @@ def crashing(at: str | None) -> Callable[[str], None]:
 
 REACHED = ('decided', 'journalled', 'before the wire', 'after the wire', 'kept', 'polled', 'before the cancel', 'meant')     # the steps between a decision and its fill
 
-def restless(p: EnsemblePredictor) -> EnsemblePredictor:
-    "The same models, never silent: a drill needs many orders, not wisdom."
-    return replace(p, blend=replace(p.blend, threshold=0.0), max_drift=1.0)
+class Restless(EnsemblePredictor):
+    "The same models at work, but what they say is overruled by a coin thrown every half hour: a drill needs many orders, not wisdom."
+    def forecast(self, *args: Any, **kw: Any) -> Forecast:
+        told = super().forecast(*args, **kw)
+        def thrown(g: Signal) -> Signal:
+            up = crc32(f'{g.symbol} {g.time // (30 * MINUTE)}'.encode()) & 1
+            return replace(g, side='long' if up else 'short', prob=0.75 if up else 0.25, confidence=0.5, reason='a drill: a coin was thrown')
+        return told._replace(signals=[thrown(g) for g in told.signals])
+
+def restless(p: EnsemblePredictor) -> EnsemblePredictor: return Restless(**{f.name: getattr(p, f.name) for f in fields(p)})
 
 async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: Callable[[str], None] = print, port: int | None = None, watch: bool = False, drill: bool = False,
         reached: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
     """Run until a signal, or for `minutes` of market time; the session's figures. SIGUSR1 throws the kill switch.
 
-    `port`: of the page (0: any); `watch`: show it on the terminal; `drill`: the models are never silent, on an emulator only."""
+    `port`: of the page (0: any); `watch`: show it on the terminal; `drill`: a coin decides instead of the models, on an emulator only."""
     stop = asyncio.Event()
     for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: throw(kill_file(s), 'signal SIGUSR1'))
