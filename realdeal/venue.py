@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, ROUND_DOWN
+from itertools import pairwise
 from typing import Literal, NamedTuple
 from zlib import crc32
+import numpy as np
 from .types import BadData, MarketRules
 
 ZERO = Decimal(0)
@@ -17,10 +19,10 @@ ZERO = Decimal(0)
 def exact(x: float | str | Decimal) -> Decimal: return x if isinstance(x, Decimal) else Decimal(str(x))
 
 # %% auto #0
-__all__ = ['ZERO', 'Side', 'OrderType', 'Status', 'Event', 'Level', 'CLIENT_ID', 'exact', 'VenueError', 'bad_symbol',
+__all__ = ['ZERO', 'Side', 'Reason', 'OrderType', 'Status', 'Event', 'Level', 'CLIENT_ID', 'exact', 'VenueError', 'bad_symbol',
            'not_tradable', 'suspended', 'illegal', 'bad_amount', 'too_fine', 'too_small', 'too_poor', 'repeated',
            'not_found', 'NewOrder', 'VenueOrder', 'Deal', 'BalanceChange', 'Balance', 'Ledger', 'Depth', 'BookShape',
-           'DerivedBook', 'changes', 'Fees', 'checked', 'Venue']
+           'DerivedBook', 'changes', 'Fees', 'checked', 'pieces_of', 'some_of', 'Venue']
 
 # %% ../nbs/05_venue.ipynb #5c6697b2
 class VenueError(Exception):
@@ -42,6 +44,7 @@ def not_found(code: int) -> VenueError: return VenueError(code, 'Order does not 
 
 # %% ../nbs/05_venue.ipynb #cfb97d1a
 Side = Literal['BUY', 'SELL']
+Reason = Literal['ENTRUST_PLACE', 'ENTRUST', 'ENTRUST_CANCEL', 'DEPOSIT', 'WITHDRAW']
 OrderType = Literal['LIMIT', 'LIMIT_MAKER', 'MARKET', 'IMMEDIATE_OR_CANCEL', 'FILL_OR_KILL']
 Status = Literal['NEW', 'PARTIALLY_FILLED', 'FILLED', 'CANCELED', 'PARTIALLY_CANCELED']
 
@@ -105,7 +108,7 @@ class BalanceChange:
     locked: Decimal
     free_change: Decimal
     locked_change: Decimal
-    reason: Literal['ENTRUST_PLACE', 'ENTRUST', 'ENTRUST_CANCEL']
+    reason: Reason
     time: int
 
 Event = VenueOrder | Deal | BalanceChange
@@ -124,7 +127,7 @@ class Ledger:
     def account(self, key: str) -> dict[str, Balance]: return self.accounts.setdefault(key, dict(self.opening))
     def balance(self, key: str, asset: str) -> Balance: return self.account(key).get(asset, Balance(ZERO, ZERO))
 
-    def move(self, key: str, asset: str, free: Decimal, locked: Decimal, reason: Literal['ENTRUST_PLACE', 'ENTRUST', 'ENTRUST_CANCEL'], time: int) -> BalanceChange:
+    def move(self, key: str, asset: str, free: Decimal, locked: Decimal, reason: Reason, time: int) -> BalanceChange:
         "Add `free` and `locked`, either of which may be negative."
         old = self.balance(key, asset)
         new = Balance(old.free + free, old.locked + locked)
@@ -228,6 +231,22 @@ def checked(order: NewOrder, rules: MarketRules) -> NewOrder:
     if order.cost is not None and not (order.cost.is_finite() and order.cost > 0): raise bad_amount(f'quoteOrderQty {order.cost} must be above 0')
     return order
 
+# %% ../nbs/05_venue.ipynb #f6e807cd
+def pieces_of(amount: Decimal, lot: Decimal, rng: np.random.Generator) -> list[Decimal]:
+    "`amount` in two to four parts of whole lots, or in one when it is a single lot."
+    lots = int(amount / lot)
+    if lots < 2: return [amount]
+    ends = [0, *sorted({int(k) for k in rng.integers(1, lots, rng.integers(1, 4))}), lots]
+    return [lot * (b - a) for a, b in pairwise(ends)]
+
+def some_of(plan: Sequence[Level], lot: Decimal, rng: np.random.Generator) -> list[Level]:
+    "The first of `plan`: between 10% and 90% of its amount, at least one lot."
+    left, some = max(lot, (sum((a for _, a in plan), ZERO) * exact(round(rng.uniform(.1, .9), 3))).quantize(lot, ROUND_DOWN)), list[Level]()
+    for price, amount in plan:
+        if left > 0: some.append((price, min(amount, left)))
+        left -= amount
+    return some
+
 # %% ../nbs/05_venue.ipynb #2f9f5ec2
 class Venue:
     "Accounts, orders and books of the symbols in `rules`. Nothing here knows the time; every call brings it."
@@ -241,7 +260,10 @@ class Venue:
         self.books = {s: DerivedBook(r, shape, seed) for s, r in rules.items()}
         self.orders: dict[str, VenueOrder] = {}
         self._open: dict[str, VenueOrder] = {}  # the few that each trade must look at
+        self._named: dict[tuple[str, str, str], str] = {}  # the newest order of a key, symbol and client id
         self.deals: list[Deal] = []
+        self._deals: dict[tuple[str, str], list[Deal]] = {}  # by key and symbol
+        self.pieces: np.random.Generator | None = None  # while there is one, executions come in pieces
 
     def book(self, symbol: str) -> DerivedBook:
         if symbol not in self.books: raise bad_symbol(symbol)
@@ -260,7 +282,7 @@ class Venue:
         for o in hit:
             part = min(left, o.remaining).quantize(self.books[symbol].lot, ROUND_DOWN)
             if part <= 0: break
-            events += self._fill(o, exact(o.request.price or ZERO), part, time, is_maker=True)
+            events += self._execute(o, exact(o.request.price or ZERO), part, time, is_maker=True)
             left -= part
         return events
 
@@ -274,13 +296,15 @@ class Venue:
         plan = self._plan(order)
         self._check_money(key, order, plan)
         if test: return None, []
+        if self.pieces and order.type in ('MARKET', 'IMMEDIATE_OR_CANCEL') and self.pieces.random() < .5: plan = some_of(plan, book.lot, self.pieces)
         made = VenueOrder(key, f'C02__{len(self.orders) + 1:018d}', order, created=time, updated=time)
         self._store(made)
+        if order.client_id: self._named[key, order.symbol, order.client_id] = made.id
         events = self._lock(made, time)
         rests = order.type == 'LIMIT' or order.type == 'LIMIT_MAKER' and not plan
         for price, amount in () if order.type == 'LIMIT_MAKER' else plan:
             book.take('SELL' if order.side == 'BUY' else 'BUY', price, amount)
-            events += self._fill(self.orders[made.id], price, amount, time, is_maker=False)
+            events += self._execute(made, price, amount, time, is_maker=False)
         if self.orders[made.id].is_open and not rests: events += self._close(self.orders[made.id], time)
         return self.orders[made.id], events
 
@@ -291,6 +315,12 @@ class Venue:
         events = self._close(order, time)
         return self.orders[order.id], events
 
+    def race(self, key: str, symbol: str, time: int, share: float, order_id: str = '', client_id: str = '') -> list[Event]:
+        "Fill `share` of what rests of an order, at least one lot, at its own price, as by a trade that came first; nothing when none rests."
+        order, lot = self._find(key, symbol, order_id, client_id), self.books[symbol].lot
+        if order is None or not order.is_open: return []
+        return self._execute(order, exact(order.request.price or ZERO), max(lot, (order.remaining * exact(share)).quantize(lot, ROUND_DOWN)), time, is_maker=True)
+
     def order(self, key: str, symbol: str, order_id: str = '', client_id: str = '') -> VenueOrder:
         "The order of that id, or the newest of that client id; else VenueError."
         order = self._find(key, symbol, order_id, client_id)
@@ -300,13 +330,13 @@ class Venue:
     def open_orders(self, key: str | None = None, symbol: str | None = None) -> list[VenueOrder]: return [o for o in self._open.values() if key in (None, o.key) and symbol in (None, o.request.symbol)]
     def all_orders(self, key: str | None = None, symbol: str | None = None) -> list[VenueOrder]:
         return [o for o in self.orders.values() if key in (None, o.key) and symbol in (None, o.request.symbol)]
-    def deals_of(self, key: str, symbol: str) -> list[Deal]: return [d for d in self.deals if d.key == key and d.symbol == symbol]
+    def deals_of(self, key: str, symbol: str) -> list[Deal]: return list(self._deals.get((key, symbol), ()))
 
     def _find(self, key: str, symbol: str, order_id: str, client_id: str) -> VenueOrder | None:
         self.book(symbol)
         if not order_id and not client_id: raise VenueError(700004, "Param 'origClientOrderId' or 'orderId' must be sent, but both were empty/null!")
-        mine = (o for o in reversed(self.all_orders(key, symbol)) if order_id in ('', o.id) and client_id in ('', o.request.client_id))
-        return next(mine, None)
+        order = self.orders.get(order_id or self._named.get((key, symbol, client_id), ''))
+        return order if order and (order.key, order.request.symbol) == (key, symbol) and client_id in ('', order.request.client_id) else None
 
     def _store(self, order: VenueOrder) -> VenueOrder:
         self.orders[order.id] = order
@@ -352,6 +382,11 @@ class Venue:
         order = self._store(replace(order, locked=need))
         return [order, self.ledger.move(order.key, quote if order.is_buy else base, -need, need, 'ENTRUST_PLACE', time)]
 
+    def _execute(self, order: VenueOrder, price: Decimal, amount: Decimal, time: int, is_maker: bool) -> list[Event]:
+        "Book `amount` in one deal, or in the pieces of the moment."
+        parts = pieces_of(amount, self.books[order.request.symbol].lot, self.pieces) if self.pieces else [amount]
+        return [e for part in parts for e in self._fill(self.orders[order.id], price, part, time, is_maker)]
+
     def _fill(self, order: VenueOrder, price: Decimal, amount: Decimal, time: int, is_maker: bool) -> list[Event]:
         "Book one execution: the deal, the order after it, both balances."
         base, quote = order.request.symbol.split('/')
@@ -365,6 +400,7 @@ class Venue:
         moves = {quote: (unlock - paid - fee, -unlock), base: (amount, ZERO)} if order.is_buy else {base: (ZERO, -unlock) if order.locked else (-amount, ZERO), quote: (paid - fee, ZERO)}
         self._store(after)
         self.deals.append(deal)
+        self._deals.setdefault((order.key, order.request.symbol), []).append(deal)
         return [deal, after, *(self.ledger.move(order.key, a, *m, 'ENTRUST', time) for a, m in moves.items())]
 
     def _close(self, order: VenueOrder, time: int) -> list[Event]:
