@@ -330,7 +330,7 @@ def stage(config: Config = None, as_json: Json = False) -> None:
 # %% ../nbs/48_cli.ipynb #361b7371
 @app.command(epilog='Example: [bold]realdeal soak --hours 24 --speed 60 --faults storm --seed 7[/]')
 def soak(hours: Annotated[float, typer.Option(help='Hours of market time.')] = 24, speed: Annotated[float, typer.Option(help='Market seconds per wall second, at most.')] = 60,
-        faults: Annotated[str, typer.Option(help='storm: all of them; none; or names, comma-separated.')] = 'storm', seed: Annotated[int, typer.Option(min=0, help='Seed of market, faults and bursts.')] = 7,
+        faults: Annotated[str, typer.Option(help='storm: all but those that strike at orders; orders: those; all; none; or names, comma-separated.')] = 'storm', seed: Annotated[int, typer.Option(min=0, help='Seed of market, faults and bursts.')] = 7,
         symbols: Annotated[str | None, typer.Option(help='Comma-separated; default: those of the settings.')] = None,
         trades_per_minute: Annotated[int | None, typer.Option(min=4, max=60_000, help='Trades of each minute; default: 8 to 24.')] = None, bursts: Annotated[int, typer.Option(min=0, help='Minutes of 20,000 trades.')] = 0,
         folder: Annotated[Path | None, typer.Option(help='Where to keep it; default: a folder of its own in data/demo/soak.')] = None, config: Config = None, as_json: Json = False) -> None:

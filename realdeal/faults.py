@@ -13,11 +13,13 @@ from .market import stream
 from .types import BadData
 
 # %% auto #0
-__all__ = ['Side', 'FAULTS', 'VENUE_FAULTS', 'SKEW', 'WINDOW', 'LATE', 'LATEST', 'INSTEAD', 'Fault', 'lasts', 'chosen', 'Planned',
-           'storm', 'Lasting', 'Faults', 'spoiled', 'Filter', 'Answer', 'answer_of', 'handshake_of']
+__all__ = ['Side', 'FAULTS', 'VENUE_FAULTS', 'OUTAGES', 'SETS', 'SKEW', 'WINDOW', 'LATE', 'LATEST', 'INSTEAD', 'STRUCK', 'LAG',
+           'UNTIL', 'TIMEOUT', 'REFUSALS', 'Fault', 'lasts', 'chosen', 'Planned', 'storm', 'Lasting', 'Faults',
+           'spoiled', 'Filter', 'Answer', 'answer_of', 'handshake_of', 'Fate', 'fate_of', 'outage_of', 'shown',
+           'race_of']
 
 # %% ../nbs/07_faults.ipynb #8e827de0
-Side = Literal['socket', 'frame', 'rest', 'clock', 'process']
+Side = Literal['socket', 'frame', 'rest', 'clock', 'process', 'order']
 
 class Fault(NamedTuple):
     "What it does, where it strikes, and how long a storm lets it last: from and to, in seconds of the wall, 0 for a single act."
@@ -49,17 +51,30 @@ FAULTS: Mapping[str, Fault] = {
     'stall': Fault('the client is stopped and goes on later', 'process', (2., 20.)),
     'kill': Fault('the client is killed and started again', 'process'),
     'disk_full': Fault("the client's writes to disk fail", 'process', (3., 10.)),
+    'lost_ack': Fault('an order or a cancel is done and answered with 504', 'order', (5., 20.)),
+    'lost_order': Fault('an order or a cancel is answered with 504 and never arrives', 'order', (5., 20.)),
+    'late_order': Fault('an order or a cancel is answered with 504 and arrives up to three seconds later', 'order', (5., 20.)),
+    'reject': Fault('a valid order is refused as suspended', 'order', (5., 20.)),
+    'poor': Fault('a valid order is refused for want of balance', 'order', (5., 20.)),
+    'untradable': Fault('a valid order is refused because the symbol may not be traded', 'order', (5., 20.)),
+    'maintenance': Fault('every signed endpoint answers 503', 'order', (5., 20.)),
+    'lookup_lag': Fault('look-ups and lists do not show orders and deals younger than two seconds', 'order', (5., 20.)),
+    'partial': Fault('executions come in pieces, and a market order may take only a part of what is there', 'order', (5., 20.)),
+    'cancel_race': Fault('a resting order is filled, wholly or in part, just before its cancel', 'order', (5., 20.)),
+    'user_lost': Fault('every private WebSocket connection is cut and all listenKeys are forgotten', 'order'),
 }
 VENUE_FAULTS = tuple(k for k, f in FAULTS.items() if f.side != 'process')
+OUTAGES = (*(k for k, f in FAULTS.items() if f.side == 'rest'), 'maintenance', 'no_connect', 'mute')  # while one lasts the venue owes no service
+SETS: Mapping[str, tuple[str, ...]] = {'storm': tuple(k for k, f in FAULTS.items() if f.side != 'order'), 'orders': tuple(k for k, f in FAULTS.items() if f.side == 'order'), 'all': tuple(FAULTS), 'none': ()}
 SKEW = 5_000  # ms
 
 def lasts(name: str) -> bool: return FAULTS[name].seconds[1] > 0
 
 def chosen(names: str) -> tuple[str, ...]:
-    "The faults of a comma-separated list; `storm` is all of them and `none` is none."
-    if names in ('storm', 'none'): return tuple(FAULTS) if names == 'storm' else ()
+    "The faults of a set's name, or of a comma-separated list."
+    if names in SETS: return SETS[names]
     wrong = [n for n in names.split(',') if n not in FAULTS]
-    if wrong: raise BadData(f'fault {wrong[0]!r}: must be one of storm, none, {", ".join(FAULTS)}')
+    if wrong: raise BadData(f'fault {wrong[0]!r}: must be one of {", ".join((*SETS, *FAULTS))}')
     return tuple(dict.fromkeys(names.split(',')))
 
 # %% ../nbs/07_faults.ipynb #68a062b1
@@ -185,3 +200,40 @@ def handshake_of(faults: Faults) -> Answer | None:
     if not (on := faults.lasting.get('no_connect')): return None
     faults.hit('no_connect')
     return INSTEAD['http_503' if on.rng.random() < .5 else 'http_429']
+
+# %% ../nbs/07_faults.ipynb #b4a4c3ff
+STRUCK, LAG = .5, 2.0  # share of the requests that are struck; s that a look-up lags behind
+UNTIL = (.5, 3.0)      # s until a late order arrives
+TIMEOUT = Answer(504, 'Gateway Time-out', kind='text/plain')
+REFUSALS: Mapping[str, tuple[int, str]] = {'reject': (30000, 'suspended transaction for the symbol'), 'poor': (10101, 'insufficient balance'), 'untradable': (10007, 'symbol not support api')}
+
+class Fate(NamedTuple):
+    "The fault that strikes a request, none when empty, and s until the request arrives."
+    name: str = ''
+    delay: float = 0.0
+
+def fate_of(faults: Faults, placing: bool) -> Fate:
+    "What becomes of a request to place an order, or to cancel one."
+    for name in ('lost_order', 'late_order', 'lost_ack', *(REFUSALS if placing else ())):
+        if not (on := faults.lasting.get(name)) or on.rng.random() >= STRUCK: continue
+        faults.hit(name)
+        return Fate(name, float(on.rng.uniform(*UNTIL)) if name == 'late_order' else 0.0)
+    return Fate()
+
+def outage_of(faults: Faults) -> Answer | None:
+    "What a signed request is answered instead, None when it may pass."
+    if 'maintenance' not in faults.lasting: return None
+    faults.hit('maintenance')
+    return INSTEAD['http_503']
+
+# %% ../nbs/07_faults.ipynb #187ea925
+def shown(faults: Faults, age: float) -> bool:
+    "Does a look-up show an order or a deal that is `age` s old?"
+    if 'lookup_lag' not in faults.lasting or age >= LAG: return True
+    faults.hit('lookup_lag')
+    return False
+
+def race_of(faults: Faults) -> float:
+    "The share of an order's rest that is filled before its cancel comes."
+    if not (on := faults.lasting.get('cancel_race')) or on.rng.random() >= STRUCK: return 0.0
+    return 1.0 if on.rng.random() < .5 else round(float(on.rng.uniform(.1, .9)), 3)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 import aiohttp, polars as pl
 from .emulator import SIMULATED_START, emulator_process, with_parent
-from .faults import VENUE_FAULTS, Planned, chosen, storm
+from .faults import SETS, VENUE_FAULTS, Planned, chosen, storm
 from .ingest import ask, read_ledger
 from .market import SUMS, Truth, checksum
 from .provenance import places, utc
@@ -75,7 +75,7 @@ NEED_A_CUT = ('no_connect', 'refuse')
 
 @dataclass(frozen=True)
 class Plan:
-    "`hours` of market time at `speed`; `faults`: storm, none, or names; `trades_per_minute` and `bursts` as the emulator takes them."
+    "`hours` of market time at `speed`; `faults`: the name of a set, or names; `trades_per_minute` and `bursts` as the emulator takes them."
     hours: float
     speed: float
     faults: str
@@ -89,7 +89,7 @@ class Plan:
         if not 0 < self.speed <= 3600: raise BadSetting(f'--speed {self.speed}: must be above 0 and at most 3600')
         try: chosen(self.faults)
         except BadData as e: raise BadSetting(f'--faults {self.faults}: {e}') from None
-        if self.faults == 'storm': return
+        if self.faults in SETS: return
         # A soak for a fault that never comes would show nothing.
         if never := set(chosen(self.faults)) - {p.name for p in self.schedule()}:
             raise BadSetting(f'--hours {self.hours:g} at --speed {self.speed:g}: too short for {", ".join(sorted(never))} to come; give more hours, or another --seed')
