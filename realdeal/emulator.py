@@ -4,7 +4,8 @@
 
 # %% ../nbs/08_emulator.ipynb #16762264
 from __future__ import annotations
-import asyncio, contextlib, ctypes, hashlib, hmac, json, os, signal, sys, time
+import asyncio, contextlib, ctypes, functools, hashlib, hmac, json, os, signal, sys, time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -12,20 +13,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 import numpy as np
 from aiohttp import WSMsgType, web
-from .faults import SKEW, VENUE_FAULTS, Answer, Faults, Filter, answer_of, handshake_of, lasts
+from .faults import OUTAGES, REFUSALS, SKEW, TIMEOUT, VENUE_FAULTS, Answer, Fate, Faults, Filter, answer_of, fate_of, handshake_of, lasts, outage_of, race_of, shown
 from .market import Candles, FUNDING_EVERY, Funding, Kind, Row, Tape, Tick, Truth, bars_at, busy_minutes, funding, generate, trades_at, truth_of
 from .provenance import utc
 from .types import MINUTE, BadData, BadSetting, MarketRules, Missing, Refused, Stop, slug
-from .venue import BookShape, Depth, Event, Fees, NewOrder, Venue, VenueError, VenueOrder, bad_symbol, suspended
+from .venue import ZERO, Balance, BalanceChange, BookShape, Deal, Depth, Event, Fees, NewOrder, Venue, VenueError, VenueOrder, bad_symbol, not_found, suspended
 from .wire import (INTERVALS, KEY_PREFIX, KINDS, PAGE, PRIVATE, REST_INTERVALS, Channel, Day, Query, Raw, agg_trade_row, best_row, client_options as client_options,
     contract_day, contract_info, day_row, deal_row, deals_frame, depth_frame, kline_frame, kline_page, market_info, mini_frame, order_row, parse_channel, private_frame, requested,
     secret_of, sign, swap, text, ticker_frame, trade_row)
 
 # %% auto #0
-__all__ = ['BUFFER', 'RANK', 'GRACE', 'LAG', 'BEAT', 'TURN', 'LOT', 'TICK', 'MIN_NOTIONAL', 'BALANCES', 'Handler', 'CONTRACT',
-           'FUNDING_RATE', 'SIMULATED_START', 'Limits', 'Throttle', 'Connection', 'Sent', 'Hub', 'Clock', 'Emulator',
-           'serve', 'Sockets', 'Endpoint', 'response', 'Rest', 'spot_public', 'best_of', 'spot_private', 'contract',
-           'control', 'read_recorded', 'serve_emulator', 'with_parent', 'emulator_process']
+__all__ = ['BUFFER', 'RANK', 'GRACE', 'LAG', 'BEAT', 'TURN', 'LOT', 'TICK', 'MIN_NOTIONAL', 'BALANCES', 'Handler', 'PLACE',
+           'CANCELS', 'CONTRACT', 'FUNDING_RATE', 'SIMULATED_START', 'Limits', 'Throttle', 'Connection', 'Sent', 'Hub',
+           'Clock', 'Arrived', 'Emulator', 'serve', 'Sockets', 'Endpoint', 'response', 'Injected', 'Rest',
+           'spot_public', 'best_of', 'spot_private', 'contract', 'control', 'read_recorded', 'serve_emulator',
+           'with_parent', 'emulator_process']
 
 # %% ../nbs/08_emulator.ipynb #2a29bef7
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,13 @@ class Clock:
 LOT, TICK, MIN_NOTIONAL = 1e-6, 0.01, 5.0  # of every symbol, unless `rules` say otherwise
 BALANCES = {'USDT': 100_000.0, 'BTC': 0.0, 'ETH': 0.0}
 
+@dataclass
+class Arrived:
+    "What came in for one account: requests to place, those refused, and money moved from outside."
+    requests: int = 0
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    transfers: list[dict[str, Any]] = field(default_factory=list)
+
 class Emulator:
     """A loopback MEXC over `histories`.
 
@@ -246,6 +255,9 @@ class Emulator:
         self.first = now - now % MINUTE + MINUTE  # the first minute of which every trade will be told
         self._days: dict[str, tuple[int, Day | None]] = {}
         self._ends: dict[str, asyncio.TimerHandle] = {}
+        self.arrived: dict[str, Arrived] = {}
+        self.walls: dict[str, float] = {}  # time.time() at which an order or a deal came to be, by its id
+        self.outages: list[dict[str, Any]] = []
         for s in histories:  # the book stands where the market was last
             if rows := bars_at(self.tape, s, now, limit=1): self.venue.trade(s, now, rows[-1][4], 0.0)
 
@@ -289,6 +301,8 @@ class Emulator:
     async def tell(self, events: Sequence[Event]) -> None:
         "Send `events` on the streams of those they belong to, in order."
         for e in events:
+            if not isinstance(e, BalanceChange): self.walls.setdefault(e.id, time.time())
+            if isinstance(e, Deal) and self.venue.pieces: self.hub.faults.hit('partial')
             kind = next(k for k, cls in PRIVATE.items() if isinstance(e, cls))
             ch = Channel(f'spot@private.{"deals" if kind == "mydeals" else kind}.v3.api.pb', kind)
             if ch.name in self.hub.listeners: await self.hub.publish(ch, private_frame(ch.name, self.clock.now, e), e.key)
@@ -305,9 +319,32 @@ class Emulator:
         return made
 
     async def cancel(self, key: str, symbol: str, order_id: str, client_id: str) -> VenueOrder:
+        if share := race_of(self.hub.faults):
+            raced = self.venue.race(key, symbol, self.clock.now, share, order_id, client_id)
+            self.hub.faults.hit('cancel_race', int(bool(raced)))
+            await self.tell(raced)
         order, events = self.venue.cancel(key, symbol, self.clock.now, order_id, client_id)
         await self.tell(events)
         return order
+
+    async def transfer(self, key: str, asset: str, amount: Decimal) -> None:
+        "Move `amount` of `asset` into an account, out of it when negative; VenueError when it is not there."
+        change = self.venue.ledger.move(key, asset, amount, ZERO, 'DEPOSIT' if amount > 0 else 'WITHDRAW', self.clock.now)
+        self.arrivals(key).transfers.append({'asset': asset, 'amount': text(amount), 'time': self.clock.now})
+        await self.tell([change])
+
+    def arrivals(self, key: str) -> Arrived: return self.arrived.setdefault(key, Arrived())
+    def is_shown(self, e: VenueOrder | Deal) -> bool: return shown(self.hub.faults, time.time() - self.walls.setdefault(e.id, time.time()))
+
+    def books(self, key: str) -> dict[str, Any]:
+        "All that is true of the account of `key`, whatever its client was told: for the judge. Amounts are text, `arrived` is time.time(), other times are market ms."
+        orders, got, money = self.venue.all_orders(key), self.arrivals(key), self.venue.ledger
+        def told(balances: Mapping[str, Balance]) -> dict[str, Any]: return {a: {'free': text(b.free), 'locked': text(b.locked)} for a, b in balances.items()}
+        named = Counter(o.request.client_id for o in orders if o.request.client_id)
+        return {'orders': [{**order_row(o), 'client_id': o.request.client_id, 'id': o.id, 'executed': text(o.filled), 'created': o.created, 'arrived': self.walls[o.id]} for o in orders],
+                'deals': [deal_row(d) for d in self.venue.deals if d.key == key], 'balances': told(money.account(key)), 'opening': told(money.opening), 'transfers': got.transfers,
+                'requests': got.requests, 'refused': got.refused, 'duplicates': [c for c, n in named.items() if n > 1],
+                'outages': [{**o, 'to': self.clock.now if o['to'] is None else o['to']} for o in self.outages]}
 
     def day(self, symbol: str) -> Day:
         "The last 24 hours of `symbol`: what was before this minute is summed once a minute."
@@ -342,17 +379,23 @@ class Emulator:
         if name in self._ends: self._ends.pop(name).cancel()
         if lasts(name): self._ends[name] = asyncio.get_running_loop().call_later(seconds, lambda: self.hub.start(self._end(name)))
         else: self._strike(name)
+        if name in OUTAGES and not any(o['name'] == name and o['to'] is None for o in self.outages): self.outages.append({'name': name, 'from': self.clock.now, 'to': None})
+        if name == 'partial': self.venue.pieces = self.hub.faults.lasting[name].rng
 
     async def _end(self, name: str) -> None:
         held = [(c, part) for c in self.hub.connections for part in c.filter.flush()] if name == 'reorder' else []
         self.hub.faults.end(name)
+        for o in self.outages:
+            if o['name'] == name and o['to'] is None: o['to'] = self.clock.now
+        if name == 'partial': self.venue.pieces = None
         for c, part in held: await self.hub.write(c, part)
 
     def _strike(self, name: str) -> None:
-        "A single act: on every connection there is."
-        for c in [c for c in self.hub.connections if name == 'drop' or not c.dead]:
+        "A single act: on every connection there is, or on the private ones."
+        if name == 'user_lost': self.listen_keys = {k: (key, 0.0) for k, (key, _) in self.listen_keys.items()}
+        for c in [c for c in self.hub.connections if (name == 'drop' or not c.dead) and (name != 'user_lost' or c.key)]:
             match name:
-                case 'drop': c.abort()
+                case 'drop' | 'user_lost': c.abort()
                 case 'close': self.hub.start(_closed(c))
                 case 'half_open': c.dead = True
             if name != 'half_open': self.hub.faults.hit(name)  # a dead connection counts the frames that it swallows
@@ -487,6 +530,11 @@ def response(a: Answer) -> web.Response: return web.Response(text=a.body, status
 def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
     return Answer(status, body if isinstance(body, Raw) else json.dumps(body), headers or {})
 
+class Injected(VenueError):
+    "A refusal that a fault made."
+
+PLACE, CANCELS = 'POST /api/v3/order', ('DELETE /api/v3/order', 'DELETE /api/v3/openOrders')
+
 class Rest:
     "Everything that is not `/ws`."
     def __init__(self, emulator: Emulator):
@@ -509,15 +557,47 @@ class Rest:
             key = request.headers.get('X-MEXC-APIKEY', '')
             wait = self.e.throttle.wait(name, key, end.weight) if end.weight else 0.0
             if wait: return _json({'code': 429, 'msg': 'Too Many Requests'}, 429, {'Retry-After': str(int(wait) + 1)})
-            if end.signed: self._authenticate(request, query, key)
+            if end.signed and (down := outage_of(self.e.hub.faults)): return down
+        except VenueError as e: return _json({'code': e.code, 'msg': e.msg}, e.http_status)
+        fate = fate_of(self.e.hub.faults, name == PLACE) if name in (PLACE, *CANCELS) else Fate()
+        arrive = functools.partial(self._arrive, request, name, query, end, key, fate.name)
+        match fate.name:
+            case 'lost_order': pass
+            case 'late_order': self.e.hub.start(_later(fate.delay, arrive))
+            case 'lost_ack': await arrive()
+            case _: return await arrive()
+        return TIMEOUT
+
+    async def _arrive(self, request: web.Request, name: str, query: Query, end: Endpoint, key: str, fault: str) -> Answer:
+        "The answer to a request that has arrived; `fault`: what strikes it."
+        try:
+            if end.signed: self._authenticate(request, key)
+            if name == PLACE: return _json(await self._place(query, end, key, fault))
+            if end.signed: self._check_stamp(query)
             return _json(await end.handler(query, key))
         except VenueError as e: return _json({'code': e.code, 'msg': e.msg}, e.http_status)
         except (BadData, Missing, Refused) as e: return _json({'error': str(e), 'kind': type(e).__name__}, 409)
 
-    def _authenticate(self, request: web.Request, query: Query, key: str) -> None:
+    async def _place(self, query: Query, end: Endpoint, key: str, fault: str) -> object:
+        "Place an order, and remember that it came and why it was refused."
+        got, arrived = self.e.arrivals(key), time.time()
+        got.requests += 1
+        try:
+            self._check_stamp(query)
+            if fault in REFUSALS:
+                await self.table[f'{PLACE}/test'].handler(query, key)
+                raise Injected(*REFUSALS[fault])
+            return await end.handler(query, key)
+        except VenueError as e:
+            got.refused.append({'client_id': query.text('newClientOrderId'), 'code': e.code, 'injected': isinstance(e, Injected), 'arrived': arrived})
+            raise
+
+    def _authenticate(self, request: web.Request, key: str) -> None:
         if not key.startswith(KEY_PREFIX): raise VenueError(10072, f'Api key info invalid: the emulator knows keys that begin with {KEY_PREFIX} only')
         signed, _, given = request.raw_path.partition('?')[2].rpartition('&signature=')
         if not hmac.compare_digest(sign(secret_of(key), signed).encode(), given.encode()): raise VenueError(700002, 'Signature for this request is not valid.')
+
+    def _check_stamp(self, query: Query) -> None:
         window, limits, scale = query.whole('recvWindow') or self.e.limits.recv_window, self.e.limits, self.e.clock.scale
         if window > 60_000: raise VenueError(700005, 'recvWindow must less than 60000')
         stamp = query.whole('timestamp')
@@ -525,6 +605,10 @@ class Rest:
         age = self.e.told_time() - stamp
         if age < -limits.ahead * scale or age > min(window, limits.recv_window) * scale:
             raise VenueError(700003, f'Timestamp for this request is outside of the recvWindow. It is {age} ms old.')
+
+async def _later(delay: float, do: Callable[[], Awaitable[object]]) -> None:
+    await asyncio.sleep(delay)
+    await do()
 
 # %% ../nbs/08_emulator.ipynb #5ef6531f
 def spot_public(e: Emulator) -> dict[str, Endpoint]:
@@ -578,14 +662,21 @@ def spot_private(e: Emulator) -> dict[str, Endpoint]:
     async def test(q: Query, key: str) -> object:
         await e.place(key, requested(q, symbol(q)), test=True)
         return {}
-    async def look(q: Query, key: str) -> object: return order_row(e.venue.order(key, symbol(q), q.text('orderId'), q.text('origClientOrderId')))
+    async def look(q: Query, key: str) -> object:
+        found = e.venue.order(key, symbol(q), q.text('orderId'), q.text('origClientOrderId'))
+        if not e.is_shown(found): raise not_found(-2013)
+        return order_row(found)
     async def cancel(q: Query, key: str) -> object: return order_row(await e.cancel(key, symbol(q), q.text('orderId'), q.text('origClientOrderId')))
-    async def open_orders(q: Query, key: str) -> object: return [order_row(o) for o in e.venue.open_orders(key, symbol(q))]
-    async def cancel_all(q: Query, key: str) -> object: return [order_row(await e.cancel(key, symbol(q), o.id, '')) for o in e.venue.open_orders(key, symbol(q))]
+    async def open_orders(q: Query, key: str) -> object: return [order_row(o) for o in e.venue.open_orders(key, symbol(q)) if e.is_shown(o)]
+    async def cancel_all(q: Query, key: str) -> object:
+        gone = []
+        for o in e.venue.open_orders(key, symbol(q)):
+            with contextlib.suppress(VenueError): gone.append(order_row(await e.cancel(key, symbol(q), o.id, '')))  # unless it was filled just before
+        return gone
     async def all_orders(q: Query, key: str) -> object:
-        return [order_row(o) for o in e.venue.all_orders(key, symbol(q)) if between(q, o.created)][-q.limit(1000, 500):]
+        return [order_row(o) for o in e.venue.all_orders(key, symbol(q)) if between(q, o.created) and e.is_shown(o)][-q.limit(1000, 500):]
     async def my_trades(q: Query, key: str) -> object:
-        found = [d for d in e.venue.deals_of(key, symbol(q)) if between(q, d.time) and q.text('orderId') in ('', d.order_id)]
+        found = [d for d in e.venue.deals_of(key, symbol(q)) if between(q, d.time) and q.text('orderId') in ('', d.order_id) and e.is_shown(d)]
         return [deal_row(d) for d in reversed(found[-q.limit(100, 100):])]
     async def account(q: Query, key: str) -> object:
         rows = [{'asset': a, 'free': text(b.free), 'locked': text(b.locked)} for a, b in e.venue.ledger.account(key).items()]
@@ -666,7 +757,20 @@ def control(e: Emulator) -> dict[str, Endpoint]:
     async def fault(q: Query, key: str) -> object:
         e.fault(q.text('name'), float(q.amount('seconds') or 0), q.whole('seed') or 0)
         return e.status()
-    return {'GET /emulator/status': Endpoint(0, status), 'GET /emulator/record': Endpoint(0, record), 'GET /emulator/minutes': Endpoint(0, minutes),
+    def account(q: Query) -> str:
+        if not q.text('account').startswith(KEY_PREFIX): raise BadData(f'account {q.text("account")!r}: an API key that begins with {KEY_PREFIX}')
+        return q.text('account')
+    async def books(q: Query, key: str) -> object: return e.books(account(q))
+    async def order(q: Query, key: str) -> object:
+        if q.text('symbol') not in e.ids: raise bad_symbol(q.text('symbol'))
+        made = await e.place(account(q), requested(Query({'type': 'MARKET', **q.pairs}), e.ids[q.text('symbol')]))
+        assert made is not None
+        return order_row(made)
+    async def transfer(q: Query, key: str) -> object:
+        if not (q.text('asset') and (amount := q.amount('amount')) and amount.is_finite()): raise BadData(f'transfer: an asset, and an amount that is not 0, not {q.pairs}')
+        await e.transfer(account(q), q.text('asset'), amount)
+        return e.books(account(q))['balances']
+    return {'GET /emulator/books': Endpoint(0, books), 'POST /emulator/order': Endpoint(0, order), 'POST /emulator/transfer': Endpoint(0, transfer), 'GET /emulator/status': Endpoint(0, status), 'GET /emulator/record': Endpoint(0, record), 'GET /emulator/minutes': Endpoint(0, minutes),
             'POST /emulator/step': Endpoint(0, step), 'POST /emulator/run': Endpoint(0, run), 'POST /emulator/pause': Endpoint(0, pause), 'POST /emulator/fault': Endpoint(0, fault)}
 
 # %% ../nbs/08_emulator.ipynb #9ff9daea
