@@ -19,7 +19,7 @@ from .types import BadData, BadSetting, Missing, RealdealError, Refused
 __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'TestDays', 'ReserveDays', 'Trials', 'Epochs', 'Market',
            'Hours', 'Json', 'SIMULATED', 'DEMO', 'Why', 'main', 'demo', 'run', 'ingest', 'quality', 'import_', 'train',
            'audit', 'promote', 'rollback', 'retrain', 'walk', 'features', 'backtest', 'report', 'kpi', 'emulator',
-           'live', 'kill', 'resume', 'adopt', 'stage', 'soak']
+           'live', 'kill', 'resume', 'adopt', 'stage', 'drill', 'soak']
 
 # %% ../nbs/48_cli.ipynb #78ce8a39
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
@@ -326,6 +326,27 @@ def stage(config: Config = None, as_json: Json = False) -> None:
     missing = {x: missing_for(x, s, now, s.data_dir) for x in STAGES}
     if as_json: return _say(json.dumps({'stage': s.live.stage, 'missing': missing}, indent=1))
     for x, lacks in missing.items(): _say(f'{"->" if x == s.live.stage else "  "} {x}: {"open" if not lacks else "closed"}' + ''.join(f'\n     {y}' for y in lacks))
+
+# %% ../nbs/48_cli.ipynb #9975bcd3
+@app.command(epilog='Example: [bold]realdeal drill --hours 48 --seed 7 --json[/]; a short one: [bold]realdeal drill --hours 1 --kills 1[/]')
+def drill(hours: Annotated[float, typer.Option(help='Hours of market time of each stage.')] = 48, speed: Annotated[float, typer.Option(help='Market seconds per wall second, at most.')] = 240,
+        stage: Annotated[Literal['paper', 'testnet', 'both'], typer.Option(help='Which stage.')] = 'both', execution: Annotated[Literal['taker', 'maker'], typer.Option(help='How orders are executed.')] = 'maker',
+        faults: Annotated[str, typer.Option(help='all; storm: without those of orders; orders; none; or names, comma-separated.')] = 'all', kills: Annotated[int, typer.Option(min=0, help='How often the kill switch is thrown.')] = 5,
+        seed: Annotated[int, typer.Option(min=0, help='Seed of market and faults.')] = 7, folder: Annotated[Path | None, typer.Option(help='Where to keep it; default: a folder of its own in data/demo/drill.')] = None,
+        config: Config = None, as_json: Json = False) -> None:
+    "Let a runner live for days on the emulator through faults of market and orders, throw its kill switch, and judge it by the venue's books. Exit code 1 when anything is wrong."
+    from realdeal.drill import STAGES, DrillPlan, run_drill
+    s = read_settings(config)
+    plans = [DrillPlan(hours, speed, faults, seed, s.data.symbols, stage=x, execution=execution, kills=kills) for x in STAGES if stage in (x, 'both')]
+    told = asyncio.run(run_drill(s, plans, folder, _note if as_json else _say))
+    if as_json: _say(json.dumps(told, indent=1))
+    else:
+        for x in (p.stage for p in plans): _say(_drilled(told[x]))
+    if not told['passed']: raise typer.Exit(1)
+
+def _drilled(r: dict[str, Any]) -> str:
+    return '\n'.join([*r['examples'], f'{r["stage"]}: {"passed" if r["passed"] else "FAILED"}: uptime {r["uptime"]:.2%} ({r["decisions_made"]} of {r["decisions_due"]} due decisions, {r["decisions_excluded"]} in outages of the venue), {r["orders"]} orders, '
+        f'{r["failed"]} failed, {r["duplicates"]} duplicated, {r["orphans"]} orphaned, {r["unresolved"]} open; position difference {r["position_difference"]:.2g}; last order {r["kill_ms"].get("max", 0):.0f} ms after a kill; {r["crashes"]} crashes'])
 
 # %% ../nbs/48_cli.ipynb #361b7371
 @app.command(epilog='Example: [bold]realdeal soak --hours 24 --speed 60 --faults storm --seed 7[/]')

@@ -225,6 +225,7 @@ BALANCES = {'USDT': 100_000.0, 'BTC': 0.0, 'ETH': 0.0}
 class Arrived:
     "What came in for one account: requests to place, those refused, and money moved from outside."
     requests: int = 0
+    sent: list[float] = field(default_factory=list)      # time.time() at which each request to place reached the door, whatever became of it
     refused: list[dict[str, Any]] = field(default_factory=list)
     transfers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -343,7 +344,7 @@ class Emulator:
         named = Counter(o.request.client_id for o in orders if o.request.client_id)
         return {'orders': [{**order_row(o), 'client_id': o.request.client_id, 'id': o.id, 'executed': text(o.filled), 'created': o.created, 'arrived': self.walls[o.id]} for o in orders],
                 'deals': [deal_row(d) for d in self.venue.deals if d.key == key], 'balances': told(money.account(key)), 'opening': told(money.opening), 'transfers': got.transfers,
-                'requests': got.requests, 'refused': got.refused, 'duplicates': [c for c, n in named.items() if n > 1],
+                'requests': got.requests, 'sent': got.sent, 'refused': got.refused, 'duplicates': [c for c, n in named.items() if n > 1],
                 'outages': [{**o, 'to': self.clock.now if o['to'] is None else o['to']} for o in self.outages]}
 
     def day(self, symbol: str) -> Day:
@@ -555,6 +556,7 @@ class Rest:
         try:
             if end is None: raise VenueError(404, f'{name}: no such endpoint', 404)
             key = request.headers.get('X-MEXC-APIKEY', '')
+            if name == PLACE: self.e.arrivals(key).sent.append(time.time())
             wait = self.e.throttle.wait(name, key, end.weight) if end.weight else 0.0
             if wait: return _json({'code': 429, 'msg': 'Too Many Requests'}, 429, {'Retry-After': str(int(wait) + 1)})
             if end.signed and (down := outage_of(self.e.hub.faults)): return down

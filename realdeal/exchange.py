@@ -387,7 +387,7 @@ class Exchange(_Reads):
             return Order(intent, OrderStatus.UNKNOWN, reason=f'no answer: {type(e).__name__}')
         except Exception as e:
             error = sorted_error(e, 'order')
-            return Order(intent, OrderStatus.REJECTED if isinstance(error, Rejected) else OrderStatus.UNKNOWN, reason=str(error))
+            return Order(intent, OrderStatus.REJECTED if isinstance(error, (Rejected, BadSetting)) else OrderStatus.UNKNOWN, reason=str(error))
 
     async def look_up(self, intent: Intent) -> Order | None:
         "The order of this client id as the venue has it, or None when the venue knows none."

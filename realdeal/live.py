@@ -220,7 +220,7 @@ class Runner:
         self.due = max(last + self.every, -(-self.venue.clock.now() // self.every) * self.every)
         self.curve.extend((d['time'], _equity_of(d)) for d in self.journal.rows(f'(select * from decisions where time > {last - 7 * DAY})', 'time'))
         if self.memory.pending: self.say(f'{len(self.memory.pending)} orders were open: asking what became of them')
-        await self.desk.follow()
+        await self.desk.take_up()
         if self.reconciler:
             await self.reconciler.open()
             await self.reconciler.check()

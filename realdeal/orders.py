@@ -75,7 +75,7 @@ def plan(d: Decision, account: Account, prices: Mapping[str, float], rules: Mapp
 # %% ../nbs/30_orders.ipynb #9bd08ac4
 _NEXT: dict[OrderStatus, dict[str, OrderStatus]] = {
     OrderStatus.NEW: {'sent': OrderStatus.SENT, 'held': OrderStatus.HELD},
-    OrderStatus.SENT: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'rejected': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN, 'canceled': OrderStatus.CANCELED},
+    OrderStatus.SENT: {'held': OrderStatus.HELD, 'never arrived': OrderStatus.ABSENT, 'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'rejected': OrderStatus.REJECTED, 'lost': OrderStatus.UNKNOWN, 'canceled': OrderStatus.CANCELED},
     OrderStatus.UNKNOWN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'never arrived': OrderStatus.ABSENT, 'lost': OrderStatus.UNKNOWN},
     OrderStatus.OPEN: {'opened': OrderStatus.OPEN, 'filled': OrderStatus.FILLED, 'canceled': OrderStatus.CANCELED, 'lost': OrderStatus.UNKNOWN},
     OrderStatus.FILLED: {'filled': OrderStatus.FILLED},                                          # told twice

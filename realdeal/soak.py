@@ -120,7 +120,7 @@ class Plan:
         return ['--paused', *(x for k, v in given.items() for x in (f'--{k}', str(v)))]
 
 def write_settings(s: Settings, plan: Plan, folder: Path) -> Path:
-    "The user's settings for this soak: its symbols, its folders, shorter times."
+    "The settings `s` for this soak: its symbols, its folders, shorter times."
     made = s.override(data={**CLIENT, 'symbols': plan.symbols}, paths={'data': 'data', 'reports': 'reports'})
     ini = configparser.ConfigParser(interpolation=None)
     ini.read_dict({k: {n: ', '.join(v) if isinstance(v, tuple) else str(v) for n, v in section.items()} for k, section in made.model_dump().items() if k != 'home'})
@@ -179,10 +179,9 @@ class Home:
 
 # %% ../nbs/16_soak.ipynb #245d40ac
 class FollowerProcess:
-    "The follower as a process of its own; `crashes` counts the ends that nobody asked for."
-    def __init__(self, settings: Path, url: str, log: Path, say: Callable[[str], None]):
-        self.args = ['-m', 'realdeal', 'ingest', '--follow', '--emulator', url, '--settings', str(settings), '--json']
-        self.log, self.say = log, say
+    "`realdeal ARGS` as a process of its own, which is up when it says a line that begins with `ready`; `crashes` counts the ends that nobody asked for."
+    def __init__(self, args: Sequence[str], log: Path, say: Callable[[str], None], ready: str = 'following '):
+        self.args, self.log, self.say, self.ready = ['-m', 'realdeal', *args], log, say, ready
         self.process: asyncio.subprocess.Process | None = None
         self.crashes, self.follows, self.ending, self._killed = 0, asyncio.Event(), False, False
 
@@ -199,12 +198,12 @@ class FollowerProcess:
             if self.ending: return code
             if not self._killed:
                 self.crashes += 1
-                self.say(f'the follower ended by itself with exit code {code}; see {self.log}')
+                self.say(f'the process ended by itself with exit code {code}; see {self.log}')
                 await asyncio.sleep(1)
             self._killed = False
 
     def _heard(self, line: str) -> None:
-        if line.startswith('following '): self.follows.set()
+        if line.startswith(self.ready): self.follows.set()
         with self.log.open('a') as f: f.write(line)
 
     @property
@@ -284,7 +283,7 @@ class Soak:
     async def _follow(self, stop: asyncio.Event) -> None:
         "Run market and follower until the plan is done or `stop` is set."
         async with emulator_process(self.plan.emulator_args(self.state.upto - 1)) as url, aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(60)) as http:
-            follower = FollowerProcess(self.settings, url, self.home.log_file, self.say)
+            follower = FollowerProcess(['ingest', '--follow', '--emulator', url, '--settings', str(self.settings), '--json'], self.home.log_file, self.say)
             kept = asyncio.create_task(follower.keep())
             began, spent, told = time.monotonic(), self.state.wall, 0.0
             try:

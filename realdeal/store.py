@@ -430,10 +430,10 @@ class Journal:
         found = self.db.execute('select body from fills where time > ? order by time, rowid' if client_id is None else 'select body from fills where time > ? and client_id = ? order by time, rowid', (after, *([client_id] if client_id else [])))
         return [Fill(**json.loads(r[0])) for r in found]
     def orders(self) -> dict[str, Order]:
-        "Every order by client id. An intent without one was written, and the process died before it was sent or heard the answer: nobody knows."
+        "Every order by client id. An intent without one was written, and the process died before it was sent: it is NEW."
         kept = {r['client_id']: as_order(r['body']) for r in self.rows('orders')}
         meant = {r['client_id']: Intent(**r['body']) for r in self.rows('intents')}
-        return kept | {k: Order(i, OrderStatus.UNKNOWN, reason='the process ended before the answer') for k, i in meant.items() if k not in kept}
+        return kept | {k: Order(i) for k, i in meant.items() if k not in kept}
 
 def as_order(d: Mapping[str, Any]) -> Order: return Order(**{**d, 'intent': Intent(**d['intent']), 'status': OrderStatus(d['status'])})
 

@@ -77,7 +77,7 @@ def test_a_plan_that_cannot_be(tmp_path, args):
 
 
 async def test_two_disk_faults_at_once_end(tmp_path):
-    follower = soak.FollowerProcess(tmp_path / 'settings.ini', 'http://127.0.0.1:9', tmp_path / 'log', print)
+    follower = soak.FollowerProcess(['ingest'], tmp_path / 'log', print)
     follower.process = await asyncio.create_subprocess_exec('sleep', '30')
     def limit(): return resource.prlimit(follower.process.pid, resource.RLIMIT_FSIZE)[0]
     both = asyncio.gather(follower.suffer('disk_full', .4), follower.suffer('disk_full', .8))
