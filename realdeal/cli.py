@@ -327,16 +327,23 @@ def stage(config: Config = None, as_json: Json = False) -> None:
     if as_json: return _say(json.dumps({'stage': s.live.stage, 'missing': missing}, indent=1))
     for x, lacks in missing.items(): _say(f'{"->" if x == s.live.stage else "  "} {x}: {"open" if not lacks else "closed"}' + ''.join(f'\n     {y}' for y in lacks))
 
-# %% ../nbs/48_cli.ipynb #9975bcd3
-@app.command(epilog='Example: [bold]realdeal drill --hours 48 --seed 7 --json[/]; a short one: [bold]realdeal drill --hours 1 --kills 1[/]')
+# %% ../nbs/48_cli.ipynb #e466688b
+@app.command(epilog='Example: [bold]realdeal drill --hours 48 --seed 7 --json[/]; a short one: [bold]realdeal drill --hours 1 --kills 1[/]; kills: [bold]realdeal drill --crashes 1000[/]')
 def drill(hours: Annotated[float, typer.Option(help='Hours of market time of each stage.')] = 48, speed: Annotated[float, typer.Option(help='Market seconds per wall second, at most.')] = 240,
+        crashes: Annotated[int | None, typer.Option(min=0, help='Instead: kill -9 at every step of an order, then so many times at random moments, counted across commands; on a market that is stepped.')] = None,
         stage: Annotated[Literal['paper', 'testnet', 'both'], typer.Option(help='Which stage.')] = 'both', execution: Annotated[Literal['taker', 'maker'], typer.Option(help='How orders are executed.')] = 'maker',
         faults: Annotated[str, typer.Option(help='all; storm: without those of orders; orders; none; or names, comma-separated.')] = 'all', kills: Annotated[int, typer.Option(min=0, help='How often the kill switch is thrown.')] = 5,
         seed: Annotated[int, typer.Option(min=0, help='Seed of market and faults.')] = 7, folder: Annotated[Path | None, typer.Option(help='Where to keep it; default: a folder of its own in data/demo/drill.')] = None,
         config: Config = None, as_json: Json = False) -> None:
     "Let a runner live for days on the emulator through faults of market and orders, throw its kill switch, and judge it by the venue's books. Exit code 1 when anything is wrong."
-    from realdeal.drill import STAGES, DrillPlan, run_drill
+    from realdeal.drill import STAGES, DrillPlan, run_crashes, run_drill
     s = read_settings(config)
+    if crashes is not None:
+        killed = asyncio.run(run_crashes(s, folder, crashes, seed, _note if as_json else _say))
+        if as_json: _say(json.dumps(killed, indent=1))
+        else: _say('\n'.join([*killed['examples'], 'passed' if killed['passed'] else 'FAILED']))
+        if not killed['passed']: raise typer.Exit(1)
+        return
     plans = [DrillPlan(hours, speed, faults, seed, s.data.symbols, stage=x, execution=execution, kills=kills) for x in STAGES if stage in (x, 'both')]
     told = asyncio.run(run_drill(s, plans, folder, _note if as_json else _say))
     if as_json: _say(json.dumps(told, indent=1))

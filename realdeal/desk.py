@@ -100,8 +100,8 @@ def resume(file: Path, journals: Sequence[Path], why: str) -> list[Path]:
         finally: journal.close()
     return opened
 
-# %% ../nbs/38_desk.ipynb #2e1bd5f3
-AGAIN = 2      # how often a market order is sent again that never arrived
+# %% ../nbs/38_desk.ipynb #5ff6b11c
+AGAIN = 2      # how often, for one decision, an order is sent again that never arrived
 
 class Desk:
     "`standing(symbol)`: what is known when an order leaves; `rules`: of each symbol; `calm`: seconds of the wall between two questions about one order."
@@ -241,14 +241,16 @@ class Desk:
     def _next(self, symbol: str, time: int, age: int) -> Intent | None:
         "The order that follows those of `symbol` of the decision at `time`, None while one is at work or nothing is left."
         chain = sorted((o for by in (self.memory.pending, self.memory.over) for o in by.values() if o.intent.symbol == symbol and o.intent.time == time and o.intent.client_id not in self.closing), key=lambda o: o.intent.attempt)
-        if not chain or any(not o.status.is_final or o.status is OrderStatus.HELD for o in chain) or chain[-1].intent.attempt >= age: return None
-        if self.s.orders.execution == 'taker' and (chain[-1].status is not OrderStatus.ABSENT or len(chain) > AGAIN): return None
+        if not chain or any(not o.status.is_final or o.status is OrderStatus.HELD for o in chain): return None
+        lost, attempt = chain[-1].status is OrderStatus.ABSENT, chain[-1].intent.attempt + 1
+        if not lost and (self.s.orders.execution == 'taker' or attempt > age) or sum(o.status is OrderStatus.ABSENT for o in chain) > AGAIN: return None
+        attempt = max(attempt, age)      # by the minute, so that a second life means the same order by the same name
         first, at, rules = chain[0].intent, self.standing(symbol), self.rules[symbol]
         left = round_down(round(first.amount - sum(o.filled for o in chain), 12), rules.lot)
         what = turn(left, age, terms_of(self.s, rules))
         if what == 'over' or at.mark is None or left * at.mark < rules.min_notional: return None
         price = quote_price(first.sign, at.mark, at.half_spread, rules.tick) if what == 'quote' else None
-        return Intent(client_id('main', self.s.live.stage, symbol, time, 0, age), symbol, first.side, left, time, 'limit' if price else 'market', price, age)
+        return Intent(client_id('main', self.s.live.stage, symbol, time, 0, attempt), symbol, first.side, left, time, 'limit' if price else 'market', price, attempt)
 
     async def stand_down(self) -> bool:
         "After a kill: cancel what is open, and see at the venue that it is; sell what is held where that was asked for. True when it is done."

@@ -217,10 +217,13 @@ class Runner:
         await self.follower.slow_facts()
         await self.follower.streams.open()
         self.follower.begin()
-        self.due = max(last + self.every, -(-self.venue.clock.now() // self.every) * self.every)
+        # After a crash the newest decision that is due and was not made is made late.
+        now = self.venue.clock.now()
+        self.due = max(last + self.every, now // self.every * self.every) if last else -(-now // self.every) * self.every
         self.curve.extend((d['time'], _equity_of(d)) for d in self.journal.rows(f'(select * from decisions where time > {last - 7 * DAY})', 'time'))
         if self.memory.pending: self.say(f'{len(self.memory.pending)} orders were open: asking what became of them')
         await self.desk.take_up()
+        if self.orders: await self.calmly('requote', self.desk.requote)
         if self.reconciler:
             await self.reconciler.open()
             await self.reconciler.check()

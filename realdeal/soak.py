@@ -23,7 +23,7 @@ from .types import DAY, HOUR, MINUTE, BadData, BadSetting, Refused, Retry, Stop,
 
 # %% auto #0
 __all__ = ['LIMITS', 'CLIENT', 'CALM', 'GAP', 'NEED_A_CUT', 'SETTLE', 'Verdict', 'judge', 'Plan', 'write_settings', 'State',
-           'Home', 'FollowerProcess', 'Soak', 'run_soak']
+           'Home', 'calm_env', 'FollowerProcess', 'Soak', 'run_soak']
 
 # %% ../nbs/16_soak.ipynb #3e35fcde
 @dataclass
@@ -178,6 +178,10 @@ class Home:
         return {x: [rows[t] for t in sorted(rows)] for x, rows in found.items()}
 
 # %% ../nbs/16_soak.ipynb #245d40ac
+def calm_env() -> dict[str, str]:
+    "The environment of a process whose settings stand in its file alone."
+    return {k: v for k, v in os.environ.items() if not k.startswith('REALDEAL_')} | {'OMP_WAIT_POLICY': 'PASSIVE'}
+
 class FollowerProcess:
     "`realdeal ARGS` as a process of its own, which is up when it says a line that begins with `ready`; `crashes` counts the ends that nobody asked for."
     def __init__(self, args: Sequence[str], log: Path, say: Callable[[str], None], ready: str = 'following '):
@@ -187,10 +191,9 @@ class FollowerProcess:
 
     async def keep(self) -> int:
         "Run it until `ending`; its last exit code."
-        env = {k: v for k, v in os.environ.items() if not k.startswith('REALDEAL_')} | {'OMP_WAIT_POLICY': 'PASSIVE'}
         while True:
             self.follows.clear()
-            p = self.process = await asyncio.create_subprocess_exec(sys.executable, *self.args, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=env,
+            p = self.process = await asyncio.create_subprocess_exec(sys.executable, *self.args, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=calm_env(),
                 preexec_fn=with_parent, start_new_session=True)  # Ctrl-C is for the soak alone
             assert p.stderr is not None
             async for line in p.stderr: self._heard(line.decode(errors='replace'))
