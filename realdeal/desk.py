@@ -127,6 +127,7 @@ class Desk:
         if i.client_id in self.closing: return ''
         if why := self.switch.why(): return f'killed: {why}'
         if why := self.halts.get(i.symbol): return f'{i.symbol} is halted: {why}'
+        if not self.rules[i.symbol].active: return f'{i.symbol}: the venue does not let the API trade it'
         held = self.memory.account.positions.get(i.symbol, 0.0)
         reduces = held * i.sign < 0 and i.amount <= abs(held) * (1 + 1e-9)
         at, clock = self.standing(i.symbol), time.monotonic()
@@ -135,11 +136,21 @@ class Desk:
         in_flight = sum(o.status in (OrderStatus.SENT, OrderStatus.UNKNOWN) for o in self.memory.pending.values())
         return objection(i.amount, meant, at._replace(recent=len(self.sent)), self.s.risk, reduces) or self.breaker.objection(self.now(), reduces, in_flight)
 
-    async def send(self, i: Intent) -> None:
-        "Send an intent that is journalled already, once."
-        if why := self.objection(i): return self.keep(advance(Order(i), 'held', reason=why))
+    async def send(self, *intents: Intent) -> None:
+        "Send intents that are journalled already, each once: sales together, then purchases, which may need their money."
+        for side in ('sell', 'buy'):
+            going = [i for i in intents if i.side == side]
+            with self.journal.transaction(): leaving = [i for i in going if self._leaves(i)]
+            await asyncio.gather(*[self._submit(i) for i in leaving])
+
+    def _leaves(self, i: Intent) -> bool:
+        "Journal an intent as sent, or as held."
+        if why := self.objection(i): self.keep(advance(Order(i), 'held', reason=why)); return False
         self.sent.append(time.monotonic())
         self.keep(advance(Order(i), 'sent'))
+        return True
+
+    async def _submit(self, i: Intent) -> None:
         self.reached('before the wire')
         answer = await self.broker.submit(i)
         self.reached('after the wire')

@@ -5,22 +5,23 @@ chapter's; here are reads, which may be asked again, and orders, which may not."
 
 # %% ../nbs/11_exchange.ipynb #9e475808
 from __future__ import annotations
-import asyncio, contextlib, os, random, re, time
+import asyncio, contextlib, json, os, random, re, time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 import ccxt.pro
 import polars as pl
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from .frames import BookSnapshot, Quote, amount, levels, moment, price
 from .settings import Settings
-from .store import CANDLES, check_candles
+from .store import CANDLES, check_candles, write_atomic
 from .types import HOUR, MINUTE, BackOff, BadData, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Print, RealdealError, Refused, Rejected, Retry, Stop
 
 # %% auto #0
-__all__ = ['WINDOW', 'TESTNETS', 'PAGE', 'TRADES_PAGE', 'TRADES_OF_ACCOUNT', 'ORDER_TRIES', 'Clock', 'sorted_error', 'Listener',
-           'secret', 'Opened', 'checked_page', 'VenueTrade', 'Exchange']
+__all__ = ['WINDOW', 'TESTNETS', 'MARKETS_AGE', 'PAGE', 'TRADES_PAGE', 'TRADES_OF_ACCOUNT', 'ORDER_TRIES', 'Clock',
+           'sorted_error', 'Listener', 'secret', 'Opened', 'checked_page', 'VenueTrade', 'Exchange']
 
 # %% ../nbs/11_exchange.ipynb #c25f7a70
 class Clock:
@@ -177,6 +178,7 @@ def secret(name: str) -> str:
     except Exception: return ''      # no key store on this machine, or it is locked
 
 # %% ../nbs/11_exchange.ipynb #b7a2d170
+MARKETS_AGE = 86_400 # s
 PAGE = 500           # candles: MEXC's spot limit, whatever ccxt's `features` say
 TRADES_PAGE = 1000
 
@@ -194,8 +196,8 @@ class Opened:
 
 class _Base(Opened):
     """One venue, by default that of the data. Use as `async with Exchange(settings) as venue:`; `options` go to ccxt's class (an emulator's addresses and keys);
-    `sandbox`: its testnet, with keys of their own."""
-    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 8, venue: str = '', sandbox: bool = False):
+    `sandbox`: its testnet, with keys of their own; `cache`: a file that keeps the markets for a day, so that a restart need not ask for them."""
+    def __init__(self, s: Settings, *, options: Mapping[str, Any] | None = None, clock: Clock | None = None, tries: int = 8, venue: str = '', sandbox: bool = False, cache: Path | None = None):
         self.settings, self.clock, self.tries = s, clock or Clock(), tries
         given, name = dict(options or {}), venue or s.data.venue
         if name not in _CLIENTS: raise BadSetting(f'[{"orders" if venue else "data"}] venue = {name}: only {", ".join(_CLIENTS)} is built so far')
@@ -204,7 +206,7 @@ class _Base(Opened):
         secrets = {} if given else {'apiKey': secret(f'{prefix}_API_KEY'), 'secret': secret(f'{prefix}_SECRET'), 'password': secret(f'{prefix}_PASSWORD')}
         if 'urls' in given and not str(given.get('apiKey', 'emulator-')).startswith('emulator-'):
             raise Refused('another address than the venue\'s own takes emulator keys only; a real key is never sent there')
-        self.is_emulated, self.is_sandbox = 'urls' in given, sandbox
+        self.is_emulated, self.is_sandbox, self.cache = 'urls' in given, sandbox, cache
         self.client = _CLIENTS[name]({'rateLimit': s.data.rate_limit_ms, 'enableRateLimit': True, 'timeout': 15_000, **secrets, **given})
         self.client.clock, self.client.listeners, self.client.gate, self.client.left = self.clock, {}, lambda text: '', deque(maxlen=10_000)
         if sandbox: self.client.set_sandbox_mode(True)
@@ -214,9 +216,23 @@ class _Base(Opened):
     async def open(self) -> None:
         "Set the clock (signed requests need it), load the markets, check the symbols."
         await self.sync_time()
-        await self._read('load markets', self._load_markets)
+        if not self._remembers(): await self.reload()
         for s in self.settings.data.symbols:
             if s not in self.client.markets: raise BadSetting(f'[data] symbols: {s}: not a market of {self.client.id}')
+
+    def _remembers(self) -> bool:
+        "Take the markets from the cache, if there are any that are young enough."
+        try: told = json.loads(self.cache.read_text()) if self.cache else {}
+        except (OSError, ValueError): told = {}
+        if not 0 <= time.time() - told.get('time', 0) < MARKETS_AGE or told.get('venue') != self.client.id: return False
+        self.client.set_markets(told['markets'], told['currencies'])
+        self.client.contracts_known = any(m['swap'] for m in told['markets'])
+        return True
+
+    async def reload(self) -> None:
+        "Ask for the markets anew, and keep them in the cache."
+        await self._read('load markets', self._load_markets)
+        if self.cache: write_atomic(self.cache, json.dumps({'time': time.time(), 'venue': self.client.id, 'markets': list(self.client.markets.values()), 'currencies': self.client.currencies}))
 
     async def _load_markets(self) -> None:
         await self.client.load_markets(True)

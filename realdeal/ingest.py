@@ -92,7 +92,7 @@ async def open_market(s: Settings, emulator: str | None) -> AsyncIterator[Market
         from realdeal.wire import client_options    # loaded only where there is an emulator
         options = client_options(emulator)
     rate = 1.0 if told is None else 0.0 if told['speed'] == 'step' else float(told['speed'])
-    async with Exchange(s, options=options, clock=Clock(rate)) as venue: yield Market(venue, key, told)
+    async with Exchange(s, options=options, clock=Clock(rate), cache=None if emulator else s.data_dir / 'cache' / f'markets-{s.data.venue}.json') as venue: yield Market(venue, key, told)
 
 def _key(s: Settings, told: Mapping[str, Any] | None) -> StoreKey:
     return StoreKey(source=told['source'] if told else 'exchange', venue='emulator' if told else s.data.venue, market=told['name'] if told else 'spot')

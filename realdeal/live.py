@@ -32,7 +32,7 @@ from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Orde
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RECONCILE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history', 'reach',
+__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history', 'reach',
            'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
            'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
 
@@ -306,6 +306,13 @@ class Runner:
         self.memory.forget(self.venue.clock.now() - 2 * DAY)
         keep_session(self.journal, self.session)
 
+    async def renew_rules(self) -> None:
+        "Take the venue's steps, minima and permissions as they are now."
+        async def anew() -> None:
+            for venue in {self.venue, self.orders or self.venue}: await venue.reload()
+            self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
+        await self.calmly('rules', anew)
+
     async def calmly(self, what: str, work: Callable[[], Awaitable[Any]]) -> None:
         "Do `work`; what the venue does not answer is told, and asked again another time."
         try: await work()
@@ -335,11 +342,10 @@ class Runner:
         self.took['decision'].add(max(0.0, time.time() - final) * 1000)
         self.memory.state = state
         self.curve.append((at, snap.equity))
-        for i in intents:
-            self.say(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
-            before = len(self.orders.client.left) if self.orders else 0
-            await self.desk.send(i)
-            if self.orders and len(self.orders.client.left) > before: self.took['order'].add(max(0.0, self.orders.client.left[-1] - final) * 1000)
+        for i in intents: self.say(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
+        await self.desk.send(*intents)
+        for left in self.orders.client.left if self.orders and intents else ():
+            if left >= final: self.took['order'].add((left - final) * 1000)
         await self.desk.follow()
         if self.stepped and self.reconciler: await self.calmly('reconcile', self.reconciler.check)
         if self.stepped and at % HOUR == 0: await self.calmly('funding', self.follower.slow_facts)
@@ -411,13 +417,13 @@ def seen_of(r: Runner) -> dict[str, Any]:
         'latency': {**{f'{k}_ms': v.quantiles() for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
 
 # %% ../nbs/41_live.ipynb #b8c9a234
-BEAT, RECONCILE = 0.05, 60.0      # s of the wall: the longest wait, and between two looks at the books (of market time where that runs faster, but at least 5 s of the wall)
+BEAT, RULES, RECONCILE = 0.05, 3600.0, 60.0      # s of the wall: the longest wait, between two looks at the venue's rules, and at the books (of market time where that runs faster, but at least 5 s of the wall)
 
 async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) -> None:
     "Run until `stop` is set or market time reaches `until` (ms)."
     ended = asyncio.Event()
     following = asyncio.create_task(r.follower.run(ended))
-    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended))]
+    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended), _every(ended, RULES, r.renew_rules))]
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
             r.follower.changed.clear()
@@ -435,7 +441,7 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
 async def _every(ended: asyncio.Event, seconds: float, work: Callable[[], Awaitable[Any]]) -> None:
     while not ended.is_set():
         await work()
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError): await asyncio.wait_for(ended.wait(), seconds)
 
 async def _reconciling(r: Runner, ended: asyncio.Event) -> None:
     "Compare the books once a minute, and soon after a reconnect."

@@ -101,7 +101,8 @@ async def order_venue(s: Settings, data: Exchange) -> AsyncIterator[Exchange | N
     if s.live.stage == 'paper': yield None
     elif data.is_emulated or (s.live.stage == 'live' and s.orders.venue == s.data.venue): yield data
     else:
-        async with Exchange(s, venue=s.orders.venue, sandbox=s.live.stage == 'testnet') as venue: yield venue
+        name = f'markets-{s.orders.venue}{"-testnet" if s.live.stage == "testnet" else ""}.json'
+        async with Exchange(s, venue=s.orders.venue, sandbox=s.live.stage == 'testnet', cache=s.data_dir / 'cache' / name) as venue: yield venue
 
 def open_broker(orders: Exchange | None, paper: Callable[[], PaperBroker], known: Callable[[], Any], s: Settings, now: Session, data: Path) -> Broker:
     "The broker of the stage, or Refused with what is missing."

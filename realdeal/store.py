@@ -378,7 +378,10 @@ class Journal:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        "All that is written inside is there after a crash, or none of it."
+        "All that is written inside is there after a crash, or none of it. Inside of another one it is a part of that."
+        if self.db.in_transaction:
+            yield
+            return
         self.db.execute('begin immediate')
         try: yield
         except BaseException: self.db.execute('rollback'); raise
