@@ -436,6 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.exchange.Exchange.fills_of': ('exchange.html#exchange.fills_of', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange.look_up': ('exchange.html#exchange.look_up', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange.open_orders': ('exchange.html#exchange.open_orders', 'realdeal/exchange.py'),
+                                   'realdeal.exchange.Exchange.rehearse': ('exchange.html#exchange.rehearse', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange.submit': ('exchange.html#exchange.submit', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Listener': ('exchange.html#listener', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Listener.bad': ('exchange.html#listener.bad', 'realdeal/exchange.py'),

@@ -5,7 +5,7 @@ chapter's; here are reads, which may be asked again, and orders, which may not."
 
 # %% ../nbs/11_exchange.ipynb #9e475808
 from __future__ import annotations
-import asyncio, contextlib, json, os, random, re, time
+import asyncio, contextlib, json, math, os, random, re, time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -458,6 +458,12 @@ class Exchange(_Reads):
         "Total of each coin in the account."
         got = await self._read('balance', self.client.fetch_balance, tries=ORDER_TRIES)
         return {k: float(v) for k, v in got['total'].items() if v}
+
+    async def rehearse(self, symbol: str) -> None:
+        "Let the venue check an order without placing it: key, clock, steps and permission. Rejected when it would not take it; only MEXC can."
+        if self.client.id != 'mexc': return
+        rules, bid = self.rules(symbol), (await self.quote(symbol)).bid
+        await self._read(f'order test of {symbol}', self.client.create_order, symbol, 'limit', 'buy', rules.lot * math.ceil(2 * rules.min_notional / bid / rules.lot), bid, {'test': True}, tries=ORDER_TRIES)
 
     async def check_key(self) -> str:
         "Refused when the key is missing, may not trade or may withdraw; a warning where the venue does not tell."

@@ -193,11 +193,12 @@ class Runner:
         return self.memory.account.equity(prices) if all(x in prices for x, held in self.memory.account.positions.items() if held) else None
 
     def standing(self, symbol: str) -> Standing:
-        seen, equity = self.feed.symbols[symbol], self.equity()
+        seen, equity, prices = self.feed.symbols[symbol], self.equity(), self.prices()
         # An age is judged by the wall: at 240 times the speed two seconds of a busy machine are eight minutes of market.
         age = seen.price.age(self.venue.clock.now()) / max(1.0, self.venue.clock.rate) if seen.price else math.inf
         spread = (seen.quote.ask - seen.quote.bid) / (seen.quote.ask + seen.quote.bid) if seen.quote else 0.0
-        return Standing(seen.price.value if seen.price else None, age, equity if equity is not None else self.memory.account.cash, skew=self.venue.skew / max(1.0, self.venue.clock.rate), half_spread=max(self.s.costs.half_spread, spread))
+        return Standing(seen.price.value if seen.price else None, age, equity if equity is not None else self.memory.account.cash, skew=self.venue.skew / max(1.0, self.venue.clock.rate), half_spread=max(self.s.costs.half_spread, spread),
+            exposure=sum(abs(q) * prices.get(x, 0.0) for x, q in self.memory.account.positions.items()))
 
     def own_capital(self) -> None:
         "The capital of a journal is that of its first start; another one would rewrite its history."
@@ -211,7 +212,9 @@ class Runner:
         self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
         last, now = self.memory.state.time, self.venue.clock.now()
         if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal')
-        if self.orders and (warning := await self.orders.check_key()): self.say(warning)
+        if self.orders:
+            if warning := await self.orders.check_key(): self.say(warning)
+            for x in self.s.data.symbols: await self.orders.rehearse(x)
         self.pin()
         await self.catch_up(now // MINUTE * MINUTE)
         await self.follower.slow_facts()

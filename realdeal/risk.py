@@ -56,15 +56,16 @@ class Guard:
         "Why nothing may be held at `time`, or None."
         return self.reason if time < self.blocked_until else None
 
-# %% ../nbs/28_risk.ipynb #40b22267
+# %% ../nbs/28_risk.ipynb #971ed588
 class Standing(NamedTuple):
-    "What is known when an order is about to leave: `mark`: the newest price (quote) and its `age` (ms); `equity` in quote; `recent`: orders sent in the last minute; `skew`: ms between the venue's clock and ours; `half_spread` as a fraction of the price."
+    "What is known when an order is about to leave: `mark`: the newest price (quote) and its `age` (ms); `equity` in quote; `recent`: orders sent in the last minute; `skew`: ms between the venue's clock and ours; `half_spread` as a fraction of the price; `exposure`: of all positions together, in quote."
     mark: float | None
     age: float
     equity: float
     recent: int = 0
     skew: float = 0.0
     half_spread: float = 0.0
+    exposure: float = 0.0
 
 MAX_SKEW = 1000      # ms; the venue takes no stamp that is farther ahead
 
@@ -73,6 +74,8 @@ def objection(amount: float, price: float, at: Standing, r: Risk, reduces: bool 
     if at.mark is None or at.age > r.max_age * 1000: return f'the price is {"unknown" if at.mark is None else f"{at.age / 1000:.0f} s old"}, [risk] max_age allows {r.max_age} s'
     if abs(at.skew) > MAX_SKEW: return f'the clock is {at.skew:.0f} ms away from the venue\'s'
     if not reduces and amount * at.mark > r.max_order * at.equity: return f'{amount * at.mark:.2f} is {amount * at.mark / max(at.equity, 1e-9):.2f} of the equity, [risk] max_order allows {r.max_order}'
+    # A tenth more than was planned for: prices move until an order is there.
+    if not reduces and at.exposure + amount * at.mark > 1.1 * r.max_gross * at.equity: return f'positions would be {(at.exposure + amount * at.mark) / max(at.equity, 1e-9):.2f} of the equity, [risk] max_gross allows {r.max_gross}'
     if at.recent >= r.max_orders: return f'{at.recent} orders in the last minute, [risk] max_orders allows {r.max_orders}'
     if not reduces and abs(price / at.mark - 1) > r.collar: return f'meant at {price:g}, but the market is at {at.mark:g}: [risk] collar allows {r.collar:.1%}'
     return ''
