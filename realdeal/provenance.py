@@ -23,7 +23,7 @@ Source = Literal['recorded', 'simulated', 'exchange']
 class Provenance(BaseModel):
     """Where a result comes from. `start`, `end`: ms UTC, end exclusive; `data_hash`: of the candles used; `trials`: how many
     variants were tried before this one was shown; `derived`: fields that the source did not hold and somebody computed; `model`: hash
-    of the blend that made the predictions."""
+    of the blend that made the predictions; `quotes`: of the recorded best prices whose spread was paid, '' where the settings' was."""
     model_config = ConfigDict(frozen=True, extra='forbid')
     source: Source
     venue: str
@@ -38,6 +38,7 @@ class Provenance(BaseModel):
     trials: int = 0
     derived: tuple[str, ...] = ()
     model: str = ''
+    quotes: str = ''
 
     @property
     def is_real(self) -> bool: return self.source != 'simulated'
@@ -49,7 +50,7 @@ class Provenance(BaseModel):
 
     def rows(self) -> list[tuple[str, str]]:
         "Name and value of each field, for a table."
-        shown = {**self.model_dump(), 'start': utc(self.start), 'end': utc(self.end), 'symbols': ', '.join(self.symbols), 'derived': ', '.join(self.derived) or 'none'}
+        shown = {**self.model_dump(), 'start': utc(self.start), 'end': utc(self.end), 'symbols': ', '.join(self.symbols), 'derived': ', '.join(self.derived) or 'none', 'quotes': self.quotes or 'none'}
         return [(k.replace('_', ' '), str(v)) for k, v in shown.items()]
 
 def utc(ms: int) -> str:

@@ -21,8 +21,9 @@ from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, Not
 FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
-__all__ = ['FrameSchema', 'CANDLES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles', 'candle_frame',
-           'read_candle_file', 'dense', 'StoreKey', 'Mark', 'Store', 'write_parquet', 'Journal', 'as_order']
+__all__ = ['FrameSchema', 'CANDLES', 'QUOTES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles',
+           'candle_frame', 'read_candle_file', 'check_quotes', 'read_quotes', 'dense', 'StoreKey', 'Mark', 'Store',
+           'write_parquet', 'Journal', 'as_order']
 
 # %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
@@ -70,6 +71,10 @@ def check_candles(df: pl.DataFrame, where: str) -> pl.DataFrame:
         'the time is a duplicate of the row before': t.diff() == 0,
         'the time is before the row above: rows must be sorted': t.diff() < 0,
     }
+    return _obeys(df, rules, where)
+
+def _obeys(df: pl.DataFrame, rules: Mapping[str, pl.Expr], where: str) -> pl.DataFrame:
+    "`df`, or BadData that names the first row that breaks a rule; `rules`: what is wrong, and the rows where it is."
     for rule, broken in rules.items():
         rows = df.select(broken.fill_null(False).arg_true()).to_series()
         if len(rows): raise BadData(f'{where}: row {rows[0]}: {rule}: {df.row(rows[0])}')
@@ -83,11 +88,15 @@ def candle_frame(bars: Iterable[Bar]) -> pl.DataFrame:
 # %% ../nbs/09_store.ipynb #615b1c82
 def read_candle_file(path: Path) -> pl.DataFrame:
     "Candles from a Parquet or CSV file, checked."
+    return check_candles(_read_table(path), str(path))
+
+def _read_table(path: Path) -> pl.DataFrame:
+    "A Parquet or CSV file with a column time in ms."
     if path.suffix not in ('.parquet', '.csv'): raise BadData(f'{path}: expected a .parquet or .csv file')
     try: df = pl.read_parquet(path) if path.suffix == '.parquet' else pl.read_csv(path)
     except FileNotFoundError: raise Missing(f'{path}: no such file') from None
     except (pl.exceptions.PolarsError, OSError) as e: raise BadData(f'{path}: cannot be read: {str(e).splitlines()[0]}') from None
-    return check_candles(_with_time(df, str(path)), str(path))
+    return _with_time(df, str(path))
 
 def _with_time(df: pl.DataFrame, where: str) -> pl.DataFrame:
     name = next((c for c in ('time', 'timestamp', 'date', 'datetime', 'open_time') if c in df.columns), None)
@@ -108,6 +117,29 @@ def _to_ms(col: pl.Series) -> pl.Series:
     for low, high, factor in ((1e8, 1e11, 1000.0), (1e14, 1e17, 1e-3), (1e17, 1e20, 1e-6)):
         if ((col >= low) & (col < high)).all(): return (col.cast(pl.Float64) * factor).round().cast(pl.Int64) if factor > 1 else col.cast(pl.Int64) // round(1 / factor)
     return col
+
+# %% ../nbs/09_store.ipynb #8b3c47bf
+QUOTES: FrameSchema = {'time': pl.Int64, 'bid': pl.Float64, 'ask': pl.Float64}
+
+def check_quotes(df: pl.DataFrame, where: str) -> pl.DataFrame:
+    "`df` with the columns of QUOTES in their types, or BadData that names `where`, the row, the value and the rule. Several quotes may have one time."
+    if missing := [c for c in QUOTES if c not in df.columns]: raise BadData(f'{where}: no column {", ".join(missing)}; expected {", ".join(QUOTES)}')
+    try: df = df.select([pl.col(c).cast(t) for c, t in QUOTES.items()])
+    except pl.exceptions.PolarsError as e: raise BadData(f'{where}: {str(e).splitlines()[0]}') from None
+    t, bid, ask = map(pl.col, QUOTES)
+    return _obeys(df, {
+        'a value is missing or not finite': t.is_null() | bid.is_null() | ask.is_null() | ~bid.is_finite() | ~ask.is_finite(),
+        'a price is not above 0': (bid <= 0) | (ask <= 0),
+        'the bid is above the ask': bid > ask,
+        'the time is before the row above: rows must be sorted': t.diff() < 0,
+    }, where)
+
+def read_quotes(path: Path, symbols: Iterable[str]) -> dict[str, pl.DataFrame]:
+    "Best prices by symbol, checked, from a file such as BTCUSDT.parquet or BTCUSDT.csv, or from a folder of such files, where not every symbol must have one."
+    if not path.exists(): raise Missing(f'{path}: no such file or folder')
+    files = {x: f for x in symbols for f in ([path / f'{slug(x)}{y}' for y in ('.csv', '.parquet')] if path.is_dir() else [path]) if f.stem == slug(x) and f.is_file()}
+    if not files: raise Missing(f'{path}: no quotes of {", ".join(symbols)}; expected a file that is called after its symbol, such as {slug(next(iter(symbols)))}.parquet, or a folder of such files')
+    return {x: check_quotes(_read_table(f), str(f)) for x, f in files.items()}
 
 # %% ../nbs/09_store.ipynb #5b5a3460
 def dense(df: pl.DataFrame, start: int, end: int) -> pl.DataFrame:
