@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-import gc, math, warnings
+import gc, math, sys, warnings
 from typing import Any, NamedTuple
 import numpy as np, polars as pl
 from .decide import State, decide, snapshot
@@ -20,8 +20,8 @@ from .store import dense
 from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Missing, Signal, Snapshot, as_dict, settle
 
 # %% auto #0
-__all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'settlements', 'work', 'accounts', 'vectorbt_accounts', 'Result',
-           'costs_of', 'backtest', 'result_of', 'parity']
+__all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'settlements', 'work', 'accounts', 'no_grammar', 'vectorbt_accounts',
+           'Result', 'costs_of', 'backtest', 'result_of', 'agree', 'tally', 'parity']
 
 # %% ../nbs/33_backtest.ipynb #74eed4e5
 @dataclass(frozen=True)
@@ -153,9 +153,18 @@ def accounts(fills: Sequence[Fill], t: Tape, cash: float, paid: Sequence[Payment
     money = cash + flow.cumsum()
     return money, money + (held.cumsum(0) * t.close).sum(1)
 
+@contextmanager
+def no_grammar() -> Iterator[None]:
+    "Imports without the grammar of web addresses that jsonschema, where plotly and papermill load it, would compile for a second and nothing here asks for."
+    known = sys.modules.get('rfc3987_syntax')
+    sys.modules['rfc3987_syntax'] = known     # type: ignore[assignment]     # None: what is not loaded cannot be
+    try: yield
+    finally:
+        if known is None: sys.modules.pop('rfc3987_syntax', None)
+
 def vectorbt_accounts(fills: Sequence[Fill], t: Tape, cash: float, seed: int, paid: Sequence[Payment] = (), loan: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     "The same by vectorbt's Portfolio with shared cash; `loan`: what the account may owe (quote)."
-    import vectorbt as vbt
+    with no_grammar(): import vectorbt as vbt
     size, price, fees, funded = np.full(t.close.shape, np.nan), t.close.copy(), np.zeros(t.close.shape), np.full(len(t.times), -loan)
     for f in fills:
         i, j = t.at(f.time), t.symbols.index(f.symbol)
@@ -201,12 +210,22 @@ def backtest(p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataF
     return result_of(fold(p, signals, t, rules, s, Account(s.risk.capital), funding), t, s)
 
 def result_of(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
-    fills, paid, cash = [f for x in steps for f in x.fills], [f for x in steps for f in x.paid], s.risk.capital
-    mine, equity = accounts(fills, t, cash, paid)
-    loan = cash + 2 * sum(f.amount * f.price for f in fills) if s.orders.market == 'perpetual' else 0.0
-    theirs = vectorbt_accounts(fills, t, cash, s.run.seed, paid, loan)
+    "The result of a fold, agreed with vectorbt."
+    r = tally(steps, t, s)
+    agree(r.cash, r.equity, r.fills, r.paid, t, s)
+    return r
+
+def agree(mine: np.ndarray, equity: np.ndarray, fills: Sequence[Fill], paid: Sequence[Payment], t: Tape, s: Settings) -> None:
+    "BadData when vectorbt's cash or equity (n,) of these fills differs by half a cent from `mine` or `equity`."
+    loan = s.risk.capital + 2 * sum(f.amount * f.price for f in fills) if s.orders.market == 'perpetual' else 0.0
+    theirs = vectorbt_accounts(fills, t, s.risk.capital, s.run.seed, paid, loan)
     worst = max(np.abs(mine - theirs[0]).max(), np.abs(equity - theirs[1]).max())
     if not worst < 0.005: raise BadData(f'the accounts of the fold and of vectorbt differ by {worst:.4f}: a fill rule is broken')
+
+def tally(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
+    "The result of a fold by its own accounts, which vectorbt has still to `agree` with."
+    fills, paid, cash = [f for x in steps for f in x.fills], [f for x in steps for f in x.paid], s.risk.capital
+    mine, equity = accounts(fills, t, cash, paid)
     held = np.zeros(t.close.shape)
     for f in fills: held[t.at(f.time), t.symbols.index(f.symbol)] += f.sign * f.amount
     told, days = figures(t.times, equity, np.abs(held.cumsum(0) * t.close).sum(1), fills, cash), daily_returns(t.times, equity, cash)[1]

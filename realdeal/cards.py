@@ -20,7 +20,7 @@ from .pages import MARKS, POLICY, Piece, Status, accuracy_and_net, banner, betwe
 from .performance import daily_returns
 from .provenance import Places, Provenance, Source, day, guard_place, sha256
 from .scores import ASKED, AtThreshold, Month, Triple, by_month, by_threshold, coverage_curve, direction_score, explain, paired, reliability, side_score, suspicion, thresholds_of, triple
-from .sensitivity import inquire
+from .sensitivity import inquire, refold
 from .settings import Settings
 from .store import write_atomic, write_parquet
 from .types import DAY, MINUTE, Account, BadData, MarketRules, Missing, Signal, slug
@@ -119,7 +119,7 @@ def example_result(folder: Path, name: str = 'BTCUSDT') -> Path:
     signals = [Signal(symbols[0], int(t), 0.55 if x > 0 else 0.45, 'long' if x > 0 else 'flat', 0.1) for t, x in zip(p.times, last, strict=True)]
     rules, t = {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in symbols}, tape(candles, first, end, s.costs)
     r = result_of(fold(p, signals, t, rules, s, Account(s.risk.capital)), t, s)
-    found, curves = inquire(r, t, p, signals, candles, rules, s, 200)
+    found, curves = inquire(r, t, candles, rules, s, 200, lambda: refold(t, p, signals, rules, s))
     score = direction_score(p, signals, forward_return(p, s.strategy.horizon), s)
     origin = Provenance(source='simulated', venue='emulator', market='realistic', symbols=tuple(symbols), start=first, end=end, data_hash=sha256(r.hold.tobytes())[:16],
         settings_hash=s.hash, seed=s.run.seed, commit='example')

@@ -17,9 +17,9 @@ from .types import BadData, BadSetting, Missing, RealdealError, Refused
 
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'TestDays', 'ReserveDays', 'Trials', 'Epochs', 'Market',
-           'Hours', 'Json', 'SIMULATED', 'DEMO', 'Why', 'main', 'demo', 'run', 'ingest', 'quality', 'import_', 'train',
-           'audit', 'promote', 'rollback', 'retrain', 'walk', 'features', 'backtest', 'report', 'kpi', 'emulator',
-           'live', 'kill', 'resume', 'adopt', 'stage', 'drill', 'soak']
+           'Hours', 'Quotes', 'Json', 'SIMULATED', 'DEMO', 'Why', 'main', 'demo', 'run', 'ingest', 'quality', 'import_',
+           'train', 'audit', 'promote', 'rollback', 'retrain', 'walk', 'features', 'backtest', 'report', 'kpi',
+           'emulator', 'live', 'kill', 'resume', 'adopt', 'stage', 'drill', 'soak']
 
 # %% ../nbs/48_cli.ipynb #78ce8a39
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
@@ -48,6 +48,7 @@ Trials = Annotated[int | None, typer.Option(min=1, help='Optuna trials of LightG
 Epochs = Annotated[int | None, typer.Option(min=1, help='Most epochs of the TFT; default: the settings.')]
 Market = Annotated[Kind, typer.Option(help='The simulated market.')]
 Hours = Annotated[int, typer.Option(help='Hours of paper trading at the end of the span.')]
+Quotes = Annotated[Path | None, typer.Option(help="Recorded best prices (columns time, bid, ask), whose spread is paid in the minutes that have any: a file such as BTCUSDT.parquet or BTCUSDT.csv, or a folder of such files; default: the spread of the settings.")]
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
 
 # %% ../nbs/48_cli.ipynb #77fcffb2
@@ -211,19 +212,19 @@ def features() -> None:
     print(catalogue(), end='')
 
 @app.command(epilog='Example: [bold]realdeal backtest --source simulated --json[/]')
-def backtest(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None, as_json: Json = False) -> None:
+def backtest(source: SourceOf = 'recorded', days: Days = None, market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, quotes: Quotes = None, config: Config = None, as_json: Json = False) -> None:
     "Score the champions on the test block, backtest them on the last 90 days, and save the results that the reports draw."
     from realdeal.results import judge
-    figures = judge(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days))
+    figures = judge(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days), quotes)
     _say(json.dumps(figures, indent=1) if as_json else '\n'.join(f'{k}: {v:.4g}' for k, v in figures.items()))
 
 @app.command(epilog='Example: [bold]realdeal report --symbol BTC/USDT --days 90[/]')
 def report(source: SourceOf = 'recorded', symbol: Annotated[str | None, typer.Option(help='One symbol; default: the portfolio, all symbols, and the cards.')] = None,
         days: Annotated[int, typer.Option(min=2, help='The last days of the reserve that are shown.')] = 90, candles: Annotated[int | None, typer.Option(help='Days of candles of the job; default: as for `realdeal run`.')] = None,
-        market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, config: Config = None) -> None:
+        market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, quotes: Quotes = None, config: Config = None) -> None:
     "Backtest what is not saved yet, and draw pages and cards by papermill."
     from realdeal.results import report as made
-    for path in made(_job(config, source, candles, market=market, test_days=test_days, reserve_days=reserve_days), [symbol] if symbol else None, days): _say(os.path.relpath(path))
+    for path in made(_job(config, source, candles, market=market, test_days=test_days, reserve_days=reserve_days), [symbol] if symbol else None, days, quotes): _say(os.path.relpath(path))
 
 @app.command(epilog='Example: [bold]realdeal kpi --gate --json[/]. The gate ends with exit code 1 when it is red.')
 def kpi(source: SourceOf = 'recorded', gate: Annotated[bool, typer.Option('--gate', help='Compute the pinned backtests anew and compare them with the committed baseline.')] = False,

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np, polars as pl
+from .backtest import no_grammar
 from .provenance import Provenance, Source, guard_place
 from .settings import Settings
 from .store import write_atomic
@@ -28,7 +30,7 @@ __all__ = ['Status', 'MARKS', 'STAMP', 'PLOTLY', 'NUMBER', 'Light', 'INK', 'MUTE
            'FONT', 'Interval', 'LOADER', 'STYLE', 'POLICY', 'DATA_BLOCKS', 'MAX_PAGE', 'plain', 'show', 'md_table',
            'Piece', 'table', 'paragraph', 'banner', 'pile', 'interval', 'bp', 'between', 'traffic', 'figure', 'label',
            'dates', 'picture', 'thin', 'dots', 'accuracy_and_net', 'interactive', 'check_offline', 'execute_report',
-           'Report', 'Drawing', 'execute_reports']
+           'Report', 'Drawing', 'execute_reports', 'warm_up']
 
 # %% ../nbs/35_pages.ipynb #0a6bc88b
 Status = Literal['met', 'missed', 'not measured']
@@ -276,7 +278,7 @@ def check_offline(page: str, where: str) -> str:
 # %% ../nbs/35_pages.ipynb #8c4d1ca6
 def _run(template: Path, parameters: Mapping[str, Any], home: Path) -> NotebookNode:
     "The executed notebook, or one Stop that names the report and the cause."
-    import papermill as pm
+    with no_grammar(): import papermill as pm
     from traitlets.config import Config
     if not template.is_file(): raise Missing(f'{template}: no such report template')
     try:
@@ -371,3 +373,8 @@ def execute_reports(jobs: Sequence[Drawing], say: Callable[[str], None] = print,
     return [j.out for j in jobs if j.out.exists()]
 
 def _drawn(j: Drawing) -> tuple[Path, str]: return j.run()
+
+def warm_up() -> None:
+    "Load what drawing needs, beside other work."
+    with no_grammar():
+        for name in ('papermill', 'nbconvert.exporters', 'quantstats'): import_module(name)

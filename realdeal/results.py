@@ -5,14 +5,15 @@
 # %% ../nbs/46_results.ipynb #16a714b3
 from __future__ import annotations
 import json, math, os, time, warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any, Literal
 import numpy as np, polars as pl
 from . import cards, pages
-from .backtest import Result, backtest, fold, parity, result_of, tape
+from .backtest import Result, agree, backtest, fold, parity, tally, tape
 from .champions import hash_of, model_folder
 from .emulator import SIMULATED_START, read_recorded
 from .ensemble import EnsemblePredictor, load_predictor
@@ -22,18 +23,30 @@ from .market import Candles, generate
 from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, provenance_of, read_panel, readings, report_span, warmup_days
 from .provenance import Provenance, day, sha256, utc
 from .scores import accuracy_line, direction_score
-from .sensitivity import inquire
+from .sensitivity import inquire, refold
 from .settings import Settings
-from .store import Journal, write_atomic
+from .store import Journal, read_quotes, write_atomic
 from .training import WALK, score_cards, training
 from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, Stop, slug
 
 # %% auto #0
-__all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'only', 'Case', 'save_all', 'champion',
-           'stem_of', 'key_of', 'is_fresh', 'measure', 'funding_of', 'measure_walk', 'prediction_ms', 'check_parity',
-           'session_file', 'paper_key', 'judge', 'page_of', 'Sheet', 'draw_walk', 'draw', 'report', 'Pinned',
-           'fingerprint', 'pinned_embedded', 'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate',
-           'accept']
+__all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'beside', 'only', 'Case', 'save_all',
+           'champion', 'stem_of', 'key_of', 'is_fresh', 'quotes_of', 'quotes_hash', 'measure', 'funding_of',
+           'measure_walk', 'prediction_ms', 'check_parity', 'session_file', 'paper_key', 'judge', 'page_of', 'Sheet',
+           'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint', 'pinned_embedded', 'pinned_recorded', 'frame_of',
+           'read_baseline', 'fallen', 'pinned', 'gate', 'accept']
+
+# %% ../nbs/46_results.ipynb #25611cc3
+@contextmanager
+def beside(workers: int, *calls: tuple[Any, ...]) -> Iterator[Callable[[], list[Any]]]:
+    "Begin the `calls` (function, arguments) in other processes; what is yielded waits for their results. An error of theirs is raised at the latest where the block ends. With one of `workers` nothing begins before somebody waits."
+    from joblib import Parallel, delayed
+    coming, came = Parallel(n_jobs=workers, return_as='generator')(delayed(f)(*x) for f, *x in calls), list[Any]()
+    def wait() -> list[Any]:
+        came.extend(coming)
+        return came
+    try: yield wait
+    finally: wait()
 
 # %% ../nbs/46_results.ipynb #29bbc3f5
 REPORT, PORTFOLIO = 'the 90-day report', 'portfolio'
@@ -60,6 +73,7 @@ class Case:
     trials: int
     luck: Mapping[str, float] | None = None
     funding: Mapping[str, pl.DataFrame] | None = None
+    quotes: Mapping[str, pl.DataFrame] | None = None
     note: str = ''
     key: str = ''
 
@@ -68,11 +82,12 @@ class Case:
         p, rows = only(self.panel, symbol)
         return replace(self, name=slug(symbol), panel=p, signals=[self.signals[i] for i in rows], forward=self.forward[rows], candles={symbol: self.candles[symbol]}, origin=self.origin.model_copy(update={'symbols': (symbol,)}))
 
-    def save(self, folder: Path, stem: str) -> str:
-        "Make the backtest, ask everything of it and save it in `folder`; one line about it."
-        s, t = self.settings, tape(self.candles, self.start, self.end, self.settings.costs)
-        r = result_of(fold(self.panel, self.signals, t, self.rules, s, Account(s.risk.capital), self.funding), t, s)
-        found, curves = inquire(r, t, self.panel, self.signals, self.candles, self.rules, s, self.trials, self.funding)
+    def save(self, folder: Path, stem: str, workers: int = 1) -> str:
+        "Make the backtest, ask everything of it and save it in `folder`; one line about it. With more than one of `workers`, vectorbt accounts for it meanwhile, and decisions are made anew."
+        s, t = self.settings, tape(self.candles, self.start, self.end, self.settings.costs, self.quotes)
+        r = tally(fold(self.panel, self.signals, t, self.rules, s, Account(s.risk.capital), self.funding), t, s)
+        with beside(workers, (agree, r.cash, r.equity, r.fills, r.paid, t, s), (refold, t, self.panel, self.signals, self.rules, s, self.funding)) as answers:
+            found, curves = inquire(r, t, self.candles, self.rules, s, self.trials, lambda: answers()[1], self.funding)
         if self.luck: found['luck']['overfitting'] = dict(self.luck)
         score = direction_score(self.panel, self.signals, self.forward, s)
         cards.save_result(folder, stem, r, score, self.origin, self.panel.symbols, t.close, s, self.note, self.key, found, curves)
@@ -83,7 +98,8 @@ def save_all(cases: Sequence[tuple[Case, str]], folder: Path, say: Callable[[str
     from joblib import Parallel, delayed
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='A worker stopped while')     # joblib renews workers that have grown
-        for line in Parallel(n_jobs=max(1, min(workers, len(cases))), return_as='generator')(delayed(Case.save)(c, folder, stem) for c, stem in cases): say(line)
+        n = max(1, min(workers, len(cases)))
+        for line in Parallel(n_jobs=n, return_as='generator')(delayed(Case.save)(c, folder, stem, workers if n == 1 else 1) for c, stem in cases): say(line)
 
 def champion(job: Job) -> EnsemblePredictor:
     "The champion, which keeps what it predicts; Refused when it knows the test block."
@@ -109,22 +125,36 @@ def is_fresh(job: Job, stem: str, key: str) -> bool:
     try: return cards.load_result(job.places.data / 'results', stem).key == key
     except RealdealError: return False
 
-def measure(job: Job, predictor: EnsemblePredictor, names: Sequence[str], days: int = REPORT_DAYS, anew: bool = False) -> Panel | None:
-    "Backtest the last `days` of the reserve for `names` (the portfolio, or slugs of symbols) and save what is not there; the panel that was read, if any. `anew`: also what is there."
-    s, (start, end) = job.s, report_span(job, days)
-    origin = provenance_of(job, start, end, predictor.provenance.trials, predictor.model_hash)
-    symbols = {slug(x): x for x in s.data.symbols}
-    def of(name: str) -> Provenance: return origin if name == PORTFOLIO else provenance_of(job, start, end, predictor.provenance.trials, predictor.model_hash, (symbols[name],))
+def quotes_of(job: Job, path: Path | None, symbols: Sequence[str], days: int = REPORT_DAYS) -> dict[str, pl.DataFrame]:
+    "The recorded best prices of `path`, see `read_quotes`, that set a spread in the last `days` of the reserve; none without a path. Missing when they are all of other days."
+    if path is None: return {}
+    start, end = report_span(job, days)
+    known = {x: q for x, df in read_quotes(path, symbols).items() if len(q := df.filter(pl.col('time').is_between(start - MINUTE, end - MINUTE, closed='left')))}
+    if not known: raise Missing(f'{path}: no quote of {", ".join(symbols)} from {utc(start)} to {utc(end)}')
+    for x in symbols: job.say(f'{x}: the spread of {(known[x]["time"] // MINUTE).n_unique() if x in known else 0:,} of {(end - start) // MINUTE:,} minutes was recorded, of the others it is that of the settings')
+    return known
+
+def quotes_hash(quotes: Mapping[str, pl.DataFrame], symbols: Sequence[str]) -> str:
+    "SHA-256 (16 hex digits) of the quotes of `symbols`; '' where there are none."
+    told = [slug(x).encode() + b''.join(c.to_numpy().tobytes() for c in quotes[x]) for x in symbols if x in quotes]
+    return sha256(b''.join(told))[:16] if told else ''
+
+def measure(job: Job, predictor: EnsemblePredictor, names: Sequence[str], days: int = REPORT_DAYS, anew: bool = False, quotes: Mapping[str, pl.DataFrame] | None = None) -> Panel | None:
+    "Backtest the last `days` of the reserve for `names` (the portfolio, or slugs of symbols) and save what is not there; the panel that was read, if any. `anew`: also what is there; `quotes`: of `quotes_of`."
+    s, (start, end), seen = job.s, report_span(job, days), quotes or {}
+    every: dict[str, tuple[str, ...]] = {PORTFOLIO: s.data.symbols} | {slug(x): (x,) for x in s.data.symbols}
+    symbols = {n: every[n] for n in names}
+    of = {n: provenance_of(job, start, end, predictor.provenance.trials, predictor.model_hash, some).model_copy(update={'quotes': quotes_hash(seen, some)}) for n, some in symbols.items()}
     luck = training(job.places.models).get('lgbm', {}).get('overfitting')
-    keys = {n: key_of(job, of(n), luck) for n in names}
+    keys = {n: key_of(job, of[n], luck) for n in names}
     due = [n for n in names if anew or not is_fresh(job, stem_of(job, n, days), keys[n])]
     if not due: return None
     p = read_panel(job, start - predictor.drift_rows * STEP, end, 'reserve', REPORT, predictor.model_hash)
     rows = np.flatnonzero(p.times >= start)
     test = p.rows(rows)
     case = Case(PORTFOLIO, test, predictor.predict(p, rows), forward_return(test, s.strategy.horizon), {x: job.store.read(x, start - WARMUP_MINUTES * MINUTE, end) for x in s.data.symbols}, market_rules(job), s, start, end,
-        origin, predictor.provenance.trials, luck, funding_of(job, start, end))
-    cases = [replace(case if n == PORTFOLIO else case.part(symbols[n]), origin=of(n), key=keys[n]) for n in due]
+        of[due[0]], predictor.provenance.trials, luck, funding_of(job, start, end), seen)
+    cases = [replace(case if n == PORTFOLIO else case.part(*symbols[n]), origin=of[n], key=keys[n]) for n in due]
     save_all([(c, stem_of(job, c.name, days)) for c in cases], job.places.data / 'results', job.say, s.model.workers)
     return p
 
@@ -198,18 +228,19 @@ def session_file(job: Job, key: str) -> Path: return job.places.data / 'sessions
 def paper_key(job: Job) -> str:
     return '-'.join([hash_of(job.places.models), str(job.end()), str(job.hours), job.s.hash, code_hash('features', 'ensemble', 'decide', 'risk', 'orders', 'fills', 'broker', 'live', 'ingest')])
 
-def judge(job: Job) -> dict[str, float]:
-    "Score the test block, backtest the report's days for the portfolio and each symbol, save results, cards and board; the portfolio's figures."
+def judge(job: Job, quotes: Path | None = None) -> dict[str, float]:
+    "Score the test block, backtest the report's days for the portfolio and each symbol, save results, cards and board; the portfolio's figures. `quotes`: recorded best prices, see `read_quotes`."
     s, predictor, (a, b) = job.s, champion(job), job_blocks(job).edges['test']
-    rules, score = market_rules(job), score_cards(job, predictor)
-    p = measure(job, predictor, [PORTFOLIO, *map(slug, s.data.symbols)], anew=True)
+    rules, seen = market_rules(job), quotes_of(job, quotes, s.data.symbols)
+    score = score_cards(job, predictor)
+    p = measure(job, predictor, [PORTFOLIO, *map(slug, s.data.symbols)], anew=True, quotes=seen)
     assert p is not None
     told = cards.load_result(job.places.data / 'results', stem_of(job, PORTFOLIO))
     session = _session(job, rules)
     fill = {'taker': "the next minute's open, as a taker", 'maker': f'as a maker for {s.orders.patience} minutes, then {"taken" if s.orders.then == "take" else "given up"}'}[s.orders.execution]
     board = cards.board(told.provenance, told.figures, score, latency_ms=prediction_ms(replace(predictor, kept=None), p), machine=f'{os.cpu_count()} cores, one thread', rehearsal=session if job.source != 'exchange' else None,
         uptime=session.get('uptime') if job.source == 'exchange' else None, uptime_source=job.source, uptime_hours=session.get('hours', 0.0),
-        assumptions={**s.costs.model_dump(), 'fill': fill, 'latency': f'{s.orders.latency} minutes', 'accuracy': f'on the test block, {day(a)} to {day(b - 1)}',
+        assumptions={**s.costs.model_dump(), **({'recorded spreads': told.provenance.quotes} if told.provenance.quotes else {}), 'fill': fill, 'latency': f'{s.orders.latency} minutes', 'accuracy': f'on the test block, {day(a)} to {day(b - 1)}',
             'the reserve was opened': f'{len(readings(job, "reserve"))} times, {len(readings(job, "reserve", REPORT))} for this report', 'the test block was opened': f'{len(readings(job, "test"))} times'})
     cards.write_board(job.places, board, s)
     return told.figures
@@ -260,12 +291,13 @@ def draw(job: Job, names: Sequence[str] | None = None, days: int = REPORT_DAYS) 
         reports += _walk_pages(job)
     return _drawn(job, reports)
 
-def report(job: Job, symbols: Sequence[str] | None = None, days: int = REPORT_DAYS) -> list[Path]:
-    "Backtest what is not saved yet over the last `days`, and draw it: `symbols`, or the portfolio, all symbols, the cards and the walk-forward."
+def report(job: Job, symbols: Sequence[str] | None = None, days: int = REPORT_DAYS, quotes: Path | None = None) -> list[Path]:
+    "Backtest what is not saved yet over the last `days`, and draw it: `symbols`, or the portfolio, all symbols, the cards and the walk-forward. `quotes`: recorded best prices, see `read_quotes`."
     for x in symbols or ():
         if x not in job.s.data.symbols: raise BadSetting(f'--symbol {x}: not one of {", ".join(job.s.data.symbols)}')
     names = [slug(x) for x in symbols] if symbols else None
-    measure(job, champion(job), names or [PORTFOLIO, *map(slug, job.s.data.symbols)], days)
+    seen = quotes_of(job, quotes, symbols or job.s.data.symbols, days)
+    with beside(job.s.model.workers, (pages.warm_up,)): measure(job, champion(job), names or [PORTFOLIO, *map(slug, job.s.data.symbols)], days, quotes=seen)
     return draw(job, names, days)
 
 # %% ../nbs/46_results.ipynb #d29a5021

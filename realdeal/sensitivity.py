@@ -24,7 +24,7 @@ from .types import HOUR, MINUTE, Account, BadData, MarketRules, Signal
 # %% auto #0
 __all__ = ['FEES', 'SLIPPAGES', 'SPREADS', 'LATENCIES', 'WAYS', 'Targets', 'targets_of', 'targets_at', 'Curve', 'Columns', 'Cell',
            'passes', 'grid', 'Outcome', 'outcome', 'sweep', 'break_even', 'trend_targets', 'hour_closes',
-           'hold_targets', 'rule_curve', 'sung', 'canary', 'inquire']
+           'hold_targets', 'rule_curve', 'sung', 'canary', 'refold', 'inquire']
 
 # %% ../nbs/34_sensitivity.ipynb #672aabd8
 @dataclass(frozen=True)
@@ -226,9 +226,27 @@ def canary(t: Tape, rules: Mapping[str, MarketRules], s: Settings) -> tuple[floa
 # %% ../nbs/34_sensitivity.ipynb #4212f78f
 WAYS: Mapping[str, Mapping[str, Any]] = {'taker at the next open': {'execution': 'taker'}, 'maker, then given up': {'execution': 'maker', 'then': 'give up'}, 'maker, then taken': {'execution': 'maker', 'then': 'take'}}
 
-def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Mapping[str, pl.DataFrame], rules: Mapping[str, MarketRules], s: Settings, trials: int,
+def refold(t: Tape, p: Panel, signals: Sequence[Signal], rules: Mapping[str, MarketRules], s: Settings, funding: Mapping[str, pl.DataFrame] | None = None) -> tuple[list[float], list[list[Any]]]:
+    "With decisions made anew: the total return at each corner of the grid, and what each of WAYS comes to (name, total return, sharpe, drawdown, fees, share as a maker)."
+    cash, room = s.risk.capital, s.strategy.decision_every - s.orders.latency - 1
+    def anew(settings: Settings, tape: Tape) -> tuple[Outcome, list[Step]]:
+        steps = fold(p, signals, tape, rules, settings, Account(cash), funding)
+        equity = accounts([f for x in steps for f in x.fills], tape, cash, [f for x in steps for f in x.paid])[1]
+        return outcome(Cell(), Curve(equity, equity, 0.0, 0.0, 0), tape, cash), steps
+    def corner(c: Cell) -> float:
+        costs = {'maker_fee' if s.orders.execution == 'maker' else 'taker_fee': c.fee, 'slippage': c.slippage}
+        return anew(s.override(costs=costs, orders={'latency': c.latency}), replace(t, half_spread=t.half_spread * c.spread))[0].total_return
+    def way(name: str, how: Mapping[str, Any]) -> list[Any]:
+        settings = s.override(orders={**how, 'patience': min(s.orders.patience, max(1, room))})
+        x, steps = anew(settings, t)
+        fills = [f for y in steps for f in y.fills]
+        value = sum(f.amount * f.price for f in fills)
+        return [name, x.total_return, x.sharpe, x.max_drawdown, sum(f.fee for f in fills), sum(f.amount * f.price for f in fills if f.liquidity == 'maker') / value if value else 0.0]
+    return [corner(c) for c in grid(s, corners=True)], [way(k, v) for k, v in WAYS.items() if room > 0 or v['execution'] == 'taker']
+
+def inquire(r: Result, t: Tape, candles: Mapping[str, pl.DataFrame], rules: Mapping[str, MarketRules], s: Settings, trials: int, refolded: Callable[[], tuple[list[float], list[list[Any]]]],
         funding: Mapping[str, pl.DataFrame] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What was found, by name, as plain data, and the equity (n,) of the simple rules. `p`, `signals`, `candles`, `rules`: what `r` was folded from on `t`; `trials`: how many were tried before it.
+    """What was found, by name, as plain data, and the equity (n,) of the simple rules. `candles`, `rules`: what `r` was folded from on `t`; `trials`: how many were tried before it; `refolded`: waits for its `refold`.
 
     intervals: of the ratios. rules: (name, total return, sharpe, drawdown, difference of the Sharpe ratios with its interval). luck: best_of: the Sharpe ratio expected of the best of `trials` worthless ones;
     deflated: probability to be above it. orders_of_trades: median and 95th percentile of the drawdown. windows: of 90 days. grid: (fee, slippage, spread, latency, total return, sharpe, drawdown);
@@ -241,25 +259,14 @@ def inquire(r: Result, t: Tape, p: Panel, signals: Sequence[Signal], candles: Ma
     def judged(name: str, equity: np.ndarray) -> list[Any]:
         other = daily_returns(t.times, equity, cash)[1]
         return [name, float(equity[-1] / cash - 1), float(sharpe(other)) if enough else 0.0, drawdown(equity, cash), *(difference(days, other, s.run.seed) if enough else (0.0, 0.0, 0.0))]
-    def anew(settings: Settings, tape: Tape) -> tuple[Outcome, list[Step]]:
-        steps = fold(p, signals, tape, rules, settings, Account(cash), funding)
-        equity = accounts([f for x in steps for f in x.fills], tape, cash, [f for x in steps for f in x.paid])[1]
-        return outcome(Cell(), Curve(equity, equity, 0.0, 0.0, 0), tape, cash), steps
-    def corner(c: Cell) -> list[float]:
-        costs = {'maker_fee' if s.orders.execution == 'maker' else 'taker_fee': c.fee, 'slippage': c.slippage}
-        there, _ = anew(s.override(costs=costs, orders={'latency': c.latency}), replace(t, half_spread=t.half_spread * c.spread))
-        return [*map(float, (c.fee or 0.0, c.slippage or 0.0, c.spread, c.latency or 0)), sweep(fixed, t, rules, s, [c], funding)[0].total_return, there.total_return]
-    def way(name: str, how: Mapping[str, Any]) -> list[Any]:
-        settings = s.override(orders={**how, 'patience': min(s.orders.patience, max(1, room))})
-        x, steps = anew(settings, t)
-        fills = [f for y in steps for f in y.fills]
-        value = sum(f.amount * f.price for f in fills)
-        return [name, x.total_return, x.sharpe, x.max_drawdown, sum(f.fee for f in fills), sum(f.amount * f.price for f in fills if f.liquidity == 'maker') / value if value else 0.0]
-    room, (closed, profits), seen = s.strategy.decision_every - s.orders.latency - 1, closed_trades(r.fills), windows(days)
+    def row(c: Cell) -> list[float]: return [*map(float, (c.fee or 0.0, c.slippage or 0.0, c.spread, c.latency or 0))]
+    (closed, profits), seen = closed_trades(r.fills), windows(days)
     gains = profits / r.equity[(closed - int(t.times[0])) // MINUTE]
     falls = shuffled_drawdowns(gains, s.run.seed) if len(gains) else np.zeros(1)
+    cells, lost = {x.cell: x for x in sweep(fixed, t, rules, s, grid(s), funding)}, break_even(fixed, t, rules, s, funding)
+    corners, ways = refolded()
     return {'intervals': {k: list(v) for k, v in intervals(days, s.run.seed).items()} if enough else {}, 'rules': [judged(k, c) for k, c in curves.items()],
         'luck': {'trials': trials, 'best_of': best_by_luck(trials, 1 / math.sqrt(max(1, len(days) - 1))) * math.sqrt(365), 'deflated': deflated_sharpe(days, trials)},
         'orders_of_trades': [float(np.median(falls)), float(np.quantile(falls, 0.95))], 'windows': {k: v.round(6).tolist() for k, v in seen.items()},
-        'grid': [[*map(float, (x.cell.fee or 0.0, x.cell.slippage or 0.0, x.cell.spread, x.cell.latency or 0)), x.total_return, x.sharpe, x.max_drawdown] for x in sweep(fixed, t, rules, s, grid(s), funding)],
-        'corners': [corner(c) for c in grid(s, corners=True)], 'break_even': break_even(fixed, t, rules, s, funding), 'ways': [way(k, v) for k, v in WAYS.items() if room > 0 or v['execution'] == 'taker'], 'canary': list(sings)}, curves
+        'grid': [[*row(c), x.total_return, x.sharpe, x.max_drawdown] for c, x in cells.items()], 'corners': [[*row(c), cells[c].total_return, x] for c, x in zip(grid(s, corners=True), corners, strict=True)],
+        'break_even': lost, 'ways': ways, 'canary': list(sings)}, curves

@@ -11,7 +11,8 @@ from realdeal.features import Panel
 from realdeal.fills import Working, terms_of
 from realdeal.orders import plan
 from realdeal.settings import Settings
-from realdeal.types import DAY, MINUTE, Account, Decision, Fill, Intent, MarketRules, Signal
+from realdeal.store import read_quotes
+from realdeal.types import DAY, MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules, Missing, Signal
 
 START = 1_704_067_200_000     # 2024-01-01
 X, Y = 'X/USDT', 'Y/USDT'
@@ -577,3 +578,62 @@ def test_what_remains_after_all_that_was_tried(seed):
         logits.append(math.log(rank / (1 - rank)))
     found = perf.overfitting(table, 4)
     assert sorted(found.logits) == pytest.approx(sorted(logits)) and found.probability == pytest.approx(np.mean([x <= 0 for x in logits]))
+
+
+# The spread of recorded books
+
+def test_the_spread_of_a_quotes_file_is_paid_in_the_next_minute_and_the_settings_in_all_others(tmp_path):
+    s, rules = by_hand(TAKER, {'half_spread': 0.001, 'slippage': 0.0, 'taker_fee': 0.0})
+    candles = {X: on([QUIET] * 30), Y: on([QUIET] * 30)}
+    seen = [START + 4 * MINUTE, START + 4 * MINUTE + 30_000]
+    pl.DataFrame({'time': seen, 'bid': [99.0, 97.0], 'ask': [101.0, 103.0]}).write_csv(tmp_path / 'XUSDT.csv')
+    t = tape(candles, START - MINUTE, START + 30 * MINUTE, s.costs, read_quotes(tmp_path, [X, Y]))
+    assert t.half_spread[t.at(START + 5 * MINUTE), 0] == pytest.approx(0.02)        # (0.01 + 0.03) / 2, known when its minute was over
+    rest = np.delete(t.half_spread[:, 0], t.at(START + 5 * MINUTE))
+    assert (rest == 0.001).all() and (t.half_spread[:, 1] == 0.001).all()
+    for minute, paid in ((4, 100.1), (5, 102.0), (6, 100.1)):
+        _, (f,), _ = at_work(s, rules, t, [(X, 'buy', 0.5)], Account(1000.0), t.at(START + minute * MINUTE))
+        assert f.price == pytest.approx(paid)
+
+
+def test_a_saved_result_is_of_the_quotes_that_were_given(demo, tmp_path):
+    from realdeal import cards
+    from realdeal.plan import report_span
+    from realdeal.results import champion, measure, quotes_of, stem_of
+    job, name, lines = replace(demo.job, say=lambda x: lines.append(x)), 'BTCUSDT', list()
+    predictor, (start, end) = champion(job), report_span(job)
+    def file(minute, ask):
+        pl.DataFrame({'time': [start + minute * MINUTE], 'bid': [100.0], 'ask': [ask]}).write_parquet(tmp_path / 'BTCUSDT.parquet')
+        return tmp_path
+    def made(quotes): return measure(job, predictor, [name], quotes=quotes_of(job, quotes, ['BTC/USDT'])) is not None
+    def saved(): return cards.load_result(job.places.data / 'results', stem_of(job, name))
+    made(None)
+    plain = saved()
+    assert plain.provenance.quotes == ''
+    assert made(file(7, 100.1)) and any('spread of 1 of ' in x for x in lines)
+    first = saved()
+    assert not made(tmp_path) and made(file(7, 100.2))
+    other = saved()
+    assert len({plain.key, first.key, other.key}) == len({'', first.provenance.quotes, other.provenance.quotes}) == 3
+    assert made(None) and saved().key == plain.key                                  # nor is it taken for one without them
+    for minute in (-2, (end - start) // MINUTE):
+        with pytest.raises(Missing, match='no quote of BTC/USDT from'): made(file(minute, 100.1))
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_accounts_that_vectorbt_does_not_share_are_no_result_whoever_compares_them(workers, tmp_path, monkeypatch):
+    from realdeal import results
+    from realdeal.cards import example_card, read_card
+    from realdeal.features import panel
+    from realdeal.labels import forward_return
+    from realdeal.market import generate
+    s, end = Settings(), START + 16 * DAY
+    candles = {x: results.frame_of(c) for x, c in generate('realistic', ['BTC/USDT'], START, 16 * 1440, 7).items()}
+    p = panel(candles, {}, end, start=START + 12 * DAY)
+    said = [Signal('BTC/USDT', int(t), 0.6, 'long' if i % 40 < 20 else 'flat', 0.2) for i, t in enumerate(p.times)]
+    case = results.Case('x', p, said, forward_return(p, s.strategy.horizon), candles, {'BTC/USDT': MarketRules('BTC/USDT', lot=1e-5, tick=0.01, min_notional=5.0)}, s, START + 12 * DAY, end, read_card(example_card(tmp_path)).provenance, 1)
+    case.save(tmp_path / 'right', 'x', workers)
+    fair = results.tally
+    monkeypatch.setattr(results, 'tally', lambda *a: replace(r := fair(*a), cash=r.cash + 0.01))
+    with pytest.raises(BadData, match='the accounts of the fold and of vectorbt differ by 0.0100: a fill rule is broken'): case.save(tmp_path / 'wrong', 'x', workers)
+    assert (tmp_path / 'right/x.json').exists() and not (tmp_path / 'wrong').exists()

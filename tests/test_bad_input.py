@@ -61,6 +61,33 @@ def test_good_candle_file(home: Path) -> None:
     assert not (home / "data/store").exists(), "it is fetched from there through ccxt, like any recorded candle"
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "code", "rule"),
+    [
+        ("BTCUSDT.csv", {"time": [T0, T0 + 1], "bid": [100.0, 100.2], "ask": [100.1, 100.1]}, 65, f"BTCUSDT.csv: row 1: the bid is above the ask: ({T0 + 1}, 100.2, 100.1)"),
+        ("BTCUSDT.parquet", {"time": [T0, T0 + 1], "bid": [0.0, 100.0], "ask": [100.1, 100.1]}, 65, "BTCUSDT.parquet: row 0: a price is not above 0"),
+        ("BTCUSDT.parquet", {"time": [T0, T0 + 1], "bid": [100.0, float("nan")], "ask": [100.1, 100.1]}, 65, "row 1: a value is missing or not finite"),
+        ("BTCUSDT.csv", {"time": [T0 + 1, T0], "bid": [100.0, 100.0], "ask": [100.1, 100.1]}, 65, "row 1: the time is before the row above: rows must be sorted"),
+        ("BTCUSDT.csv", {"time": [T0], "bid": [100.0]}, 65, "no column ask; expected time, bid, ask"),
+        ("BTCUSDT.csv", {"time": ["soon"], "bid": [100.0], "ask": [100.1]}, 65, "column time: cannot be read as dates: 'soon'"),
+        ("BTCUSDT.csv", {"time": [T0], "bid": [100.0], "ask": ["much"]}, 65, "BTCUSDT.csv: "),
+        ("BTCUSDT.csv", {"time": [T0 - MINUTE], "bid": [100.0], "ask": [100.1]}, 66, "no quote of BTC/USDT from"),
+        ("mine.csv", {"time": [T0], "bid": [100.0], "ask": [100.1]}, 66, "no quotes of BTC/USDT; expected a file that is called after its symbol, such as BTCUSDT.parquet"),
+    ],
+)
+def test_quotes(demo: Demo, tmp_path: Path, name: str, columns: dict[str, list[object]], code: int, rule: str) -> None:
+    df = pl.DataFrame(columns)
+    df.write_csv(tmp_path / name) if name.endswith("csv") else df.write_parquet(tmp_path / name)
+    before = sorted(demo.data.glob("results/*"))
+    report = ("report", "--source", "simulated", "--candles", "49", "--test-days", "5", "--reserve-days", "6", "--symbol", "BTC/USDT", "--quotes")
+    refused(realdeal(*report, str(tmp_path / name), home=demo.home), code, rule)
+    assert sorted(demo.data.glob("results/*")) == before, "nothing was written"
+
+
+def test_no_quotes(demo: Demo) -> None:
+    refused(realdeal("backtest", "--source", "simulated", "--days", "49", "--test-days", "5", "--reserve-days", "6", "--quotes", "nowhere", home=demo.home), 66, "nowhere: no such file or folder")
+
+
 def test_venue_is_a_name(home: Path) -> None:
     pl.DataFrame(GOOD, schema=COLUMNS, orient="row").write_csv(home / "mine.csv")
     refused(realdeal("import", "mine.csv", "--symbol", "BTC/USDT", "--venue", "../../x", home=home), 78, "recorded_venue = ../../x")
