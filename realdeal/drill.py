@@ -323,7 +323,11 @@ async def run_crash_points(s: Settings, folder: Path, points: Sequence[str], see
     whole = await live_through(s, plan, folder / 'whole', say)
     said = list(whole.found.examples)
     for at in points:
-        hurt = await live_through(s, plan, folder / at.replace(' ', '-').replace(':', '-'), say, at)
+        try: hurt = await live_through(s, plan, folder / at.replace(' ', '-').replace(':', '-'), say, at)
+        except Missing as e:      # that often only by chance; once is a must
+            if at.endswith(':1'): raise
+            say(str(e))
+            continue
         wrong = [*hurt.found.examples, *unlike(whole, hurt), *([] if hurt.found.clean else ['the books differ'])]
         say(f'killed at {at}: {"; ".join(wrong) if wrong else "nothing lost, nothing twice, the same decisions"}; started again in {hurt.started[-1]:.1f} s')
         said += [f'{at}: {x}' for x in wrong]
@@ -384,7 +388,7 @@ async def _round(s: Settings, folder: Path, kills: int, seed: int, execution: Li
 async def run_crashes(s: Settings, folder: Path | None, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Every step, for takers and makers, then `kills` random moments."
     base = folder or places(s, 'simulated').data / 'crashes'
-    told: dict[str, Any] = {x: await run_crash_points(s, base / x, [f'{step}:{n}' for step in REACHED for n in (1, 3) if x == 'maker' or step not in ONLY_MAKERS], seed, x, say) for x in EXECUTIONS}
+    told: dict[str, Any] = {x: await run_crash_points(s, base / x, [f'{step}:{n}' for step in REACHED for n in (1, 2, 4) if x == 'maker' or step not in ONLY_MAKERS], seed, x, say) for x in EXECUTIONS}
     if kills: told['random'] = await run_random_kills(s, base / 'random', kills, seed, say)
     return {'passed': all(r['passed'] for r in told.values()), 'examples': [x for r in told.values() for x in r['examples']], **told}
 
