@@ -19,7 +19,7 @@ from .orders import Told, advance, client_id, possible, round_down
 from .risk import Breaker, Standing, may_send, objection
 from .settings import Settings
 from .store import Journal, write_atomic
-from .types import DAY, MINUTE, Account, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Retry, settle
+from .types import HOUR, MINUTE, Account, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Retry, settle
 
 # %% auto #0
 __all__ = ['KILL', 'LATCH', 'AGAIN', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'Switch', 'resume',
@@ -165,7 +165,7 @@ class Desk:
             if i.time == self.memory.state.time and self.now() < i.time + self.s.strategy.decision_every * MINUTE: await self.send(i)
             else: self.keep(advance(order, 'held', reason='too old: the process ended before it was sent'))
         began = time.monotonic()
-        while any(o.status in (OrderStatus.SENT, OrderStatus.UNKNOWN) for o in self.memory.pending.values()) and time.monotonic() - began < until:
+        while any(o.status in (OrderStatus.SENT, OrderStatus.UNKNOWN) and not o.venue_id for o in self.memory.pending.values()) and time.monotonic() - began < until:
             await self.follow()
             await asyncio.sleep(0.2)
 
@@ -311,13 +311,15 @@ class Reconciler:
 
     async def check(self) -> list[str]:
         "Read the account and compare; what is not explained. Retry when it cannot be read now."
-        since = int(self.journal.fact('opening')['time'])
-        newest = max((o.intent.time for o in self.desk.memory.pending.values()), default=self.venue.clock.now())
-        since = max(since, min(newest, self.venue.clock.now()) - DAY)
+        opening, now = int(self.journal.fact('opening')['time']), self.venue.clock.now()
+        # From an hour before the last look, or before what is still open, whichever was earlier: a page of trades reaches that far.
+        since = max(opening, min([self.journal.fact('looked') or opening, *(o.intent.time for o in self.desk.memory.pending.values())]) - HOUR)
         trades = {x: await self.venue.account_trades(x, since) for x in self.symbols}
         seen = Seen(trades, {x: await self.venue.open_orders(x) for x in self.symbols}, await self.venue.balance())
         self.checks += 1
-        return self.compare(seen)
+        found = self.compare(seen)
+        self.journal.put_fact('looked', now)
+        return found
 
     def compare(self, seen: Seen) -> list[str]:
         "Book what was missed, halt what is not explained."

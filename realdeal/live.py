@@ -380,7 +380,7 @@ class Runner:
         self.forecaster.close()
         self.store.compact()
         keep_session(self.journal, self.session)
-        return {**figures(self.journal, self.every), 'ledger': self.follower.ledger()}
+        return {**figures(self.journal, self.every), 'latency_ms': {k: {'n': len(v.last), **v.quantiles()} for k, v in self.took.items()}, 'ledger': self.follower.ledger()}
 
 def _equity_of(d: Mapping[str, Any]) -> float:
     snap = d['inputs']['snapshot']

@@ -19,7 +19,7 @@ from realdeal.live import Runner, run_steps
 from realdeal.market import funding, generate
 from realdeal.plan import market_rules
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, MINUTE, Intent, OrderStatus, Refused, slug
+from realdeal.types import DAY, MINUTE, Intent, Order, OrderStatus, Refused, slug
 from realdeal.wire import client_options
 
 DAYS, SYMBOLS = 12, ("BTC/USDT", "ETH/USDT")
@@ -113,10 +113,20 @@ async def test_an_order_in_flight_blocks_its_symbol(demo: Demo, tmp_path: Path) 
     journal = Journal(tmp_path / "journal.sqlite")
     lost = Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW - 15 * MINUTE)
     journal.add_intent(lost)
+    journal.put_order(Order(lost, OrderStatus.OPEN, venue_id="acknowledged"))
     runner, _, books, _ = await session(demo, tmp_path, "testnet", 30, journal)
     sent = {r["body"]["symbol"] for r in journal.rows("intents") if r["client_id"] != "rdlost"}
     assert sent == {"ETH/USDT"} and "rdlost" not in books
     assert runner.memory.pending["rdlost"].status is OrderStatus.UNKNOWN
+
+
+async def test_what_was_only_meant_is_not_sent_late(demo: Demo, tmp_path: Path) -> None:
+    """An intent of an old decision that was never sent is held, and does not block its symbol."""
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.add_intent(Intent("rdlost", "BTC/USDT", "buy", 0.01, NOW - 15 * MINUTE))
+    runner, _, books, _ = await session(demo, tmp_path, "testnet", 30, journal)
+    assert runner.memory.over["rdlost"].status is OrderStatus.HELD and "rdlost" not in books
+    assert {o.request.symbol for o in books.values()} == set(SYMBOLS)
 
 
 def test_session_is_computed_again(demo: Demo) -> None:
