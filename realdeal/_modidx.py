@@ -266,6 +266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'realdeal.drill.Told': ('drill.html#told', 'realdeal/drill.py'),
                                 'realdeal.drill.Uptime': ('drill.html#uptime', 'realdeal/drill.py'),
                                 'realdeal.drill._kill_later': ('drill.html#_kill_later', 'realdeal/drill.py'),
+                                'realdeal.drill._once': ('drill.html#_once', 'realdeal/drill.py'),
                                 'realdeal.drill._round': ('drill.html#_round', 'realdeal/drill.py'),
                                 'realdeal.drill._suffer': ('drill.html#_suffer', 'realdeal/drill.py'),
                                 'realdeal.drill.drill_settings': ('drill.html#drill_settings', 'realdeal/drill.py'),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, json, shutil, signal, sqlite3, sys, time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -342,6 +342,7 @@ ROUND, LONGEST = 40, 4.5     # kills on one market; s a process lives at most be
 class Tally:
     "What all rounds said; `started`: s the slowest and the middle restart took."
     kills: int = 0
+    commits: list[str] = field(default_factory=list)
     rounds: int = 0
     orders: int = 0
     duplicates: int = 0
@@ -362,7 +363,7 @@ async def run_random_kills(s: Settings, folder: Path, kills: int, seed: int, say
         n, execution = min(ROUND, kills - t.kills), ('maker', 'taker')[t.rounds % 2]
         found, orders, started = await _round(s, folder / 'round', n, seed + t.rounds, execution, say)   # type: ignore[arg-type]
         for k in ('duplicates', 'orphans', 'failed', 'unresolved', 'fills_missing'): setattr(t, k, getattr(t, k) + getattr(found, k))
-        t.position_difference = max(t.position_difference, found.position_difference)
+        t.position_difference, t.commits = max(t.position_difference, found.position_difference), sorted({*t.commits, code_version(Path(__file__).parent)})
         t.kills, t.rounds, t.orders, t.starts, t.examples = t.kills + n, t.rounds + 1, t.orders + orders, [*t.starts, *started], [*t.examples, *found.examples][:50]
         write_atomic(file, json.dumps(asdict(t)) + '\n')
         say(f'{t.kills} of {kills} kills, {t.orders} orders: {t.duplicates} twice, {t.orphans} orphaned, {t.failed} failed, {t.unresolved} open; restart {np.median(t.starts):.1f} s, at most {max(t.starts):.1f}')
@@ -388,9 +389,19 @@ async def _round(s: Settings, folder: Path, kills: int, seed: int, execution: Li
 async def run_crashes(s: Settings, folder: Path | None, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Every step, for takers and makers, then `kills` random moments."
     base = folder or places(s, 'simulated').data / 'crashes'
-    told: dict[str, Any] = {x: await run_crash_points(s, base / x, [f'{step}:{n}' for step in REACHED for n in (1, 2, 4) if x == 'maker' or step not in ONLY_MAKERS], seed, x, say) for x in EXECUTIONS}
+    told: dict[str, Any] = {x: await _once(base / f'{x}.json', seed, lambda x=x: run_crash_points(s, base / x, [f'{step}:{n}' for step in REACHED for n in (1, 2, 4) if x == 'maker' or step not in ONLY_MAKERS], seed, x, say)) for x in EXECUTIONS}   # type: ignore[misc]
     if kills: told['random'] = await run_random_kills(s, base / 'random', kills, seed, say)
     return {'passed': all(r['passed'] for r in told.values()), 'examples': [x for r in told.values() for x in r['examples']], **told}
+
+async def _once(file: Path, seed: int, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    "What `work` said the last time, if it passed and the code is the same; else what it says now."
+    made = {'commit': code_version(Path(__file__).parent), 'seed': seed}
+    try: before = json.loads(file.read_text())
+    except (OSError, ValueError): before = {}
+    if before.get('passed') and '+' not in made['commit'] and {k: before.get(k) for k in made} == made: return dict(before)
+    told = {**await work(), **made}
+    write_atomic(file, json.dumps(told, indent=1) + '\n')
+    return told
 
 EXECUTIONS: tuple[Literal['taker', 'maker'], ...] = ('taker', 'maker')
 ONLY_MAKERS = ('before the cancel', 'meant')      # steps that a market order does not come to

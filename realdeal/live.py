@@ -255,8 +255,9 @@ class Runner:
 
     async def catch_up(self, end: int) -> None:
         "Bring everything that a decision at `end` reads, and its drift, into the store; what was asked for once is not asked for again."
-        start = max(self.caught, end - reach(self.predictor.drift_rows))
-        for symbol in self.s.data.symbols: await backfill(self.venue, self.store, symbol, start, end, say=lambda _: None)
+        if self.caught >= self.follower.began and all(self.knows(x, end) for x in self.s.data.symbols): start = end      # what was fed is in the store
+        else: start = max(self.caught, end - reach(self.predictor.drift_rows))
+        for symbol in self.s.data.symbols if start < end else (): await backfill(self.venue, self.store, symbol, start, end, say=lambda _: None)
         self.caught = end
 
     def knows(self, symbol: str, end: int) -> bool:
