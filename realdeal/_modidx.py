@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'realdeal.drill.Uptime': ('drill.html#uptime', 'realdeal/drill.py'),
                                 'realdeal.drill._kill_later': ('drill.html#_kill_later', 'realdeal/drill.py'),
                                 'realdeal.drill._once': ('drill.html#_once', 'realdeal/drill.py'),
+                                'realdeal.drill._read': ('drill.html#_read', 'realdeal/drill.py'),
                                 'realdeal.drill._round': ('drill.html#_round', 'realdeal/drill.py'),
                                 'realdeal.drill._suffer': ('drill.html#_suffer', 'realdeal/drill.py'),
                                 'realdeal.drill.drill_settings': ('drill.html#drill_settings', 'realdeal/drill.py'),

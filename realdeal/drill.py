@@ -357,8 +357,7 @@ class Tally:
 async def run_random_kills(s: Settings, folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Kill runners at random moments until there were `kills` of them, those of earlier commands included."
     file = folder / 'kills.json'
-    try: t = Tally(**json.loads(file.read_text()))
-    except FileNotFoundError: t = Tally()
+    t = Tally(**_read(file))
     while t.kills < kills:
         n, execution = min(ROUND, kills - t.kills), ('maker', 'taker')[t.rounds % 2]
         found, orders, started = await _round(s, folder / 'round', n, seed + t.rounds, execution, say)   # type: ignore[arg-type]
@@ -393,13 +392,16 @@ async def run_crashes(s: Settings, folder: Path | None, kills: int, seed: int, s
     if kills: told['random'] = await run_random_kills(s, base / 'random', kills, seed, say)
     return {'passed': all(r['passed'] for r in told.values()), 'examples': [x for r in told.values() for x in r['examples']], **told}
 
+def _read(file: Path) -> dict[str, Any]:
+    try: return dict(json.loads(file.read_text()))
+    except (OSError, ValueError): return {}
+
 async def _once(file: Path, seed: int, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
     "What `work` said the last time, if it passed and the code is the same; else what it says now."
-    made = {'commit': code_version(Path(__file__).parent), 'seed': seed}
-    try: before = json.loads(file.read_text())
-    except (OSError, ValueError): before = {}
-    if before.get('passed') and '+' not in made['commit'] and {k: before.get(k) for k in made} == made: return dict(before)
-    told = {**await work(), **made}
+    commit = code_version(Path(__file__).parent)
+    before = _read(file)
+    if before.get('passed') and '+' not in commit and (before.get('commit'), before.get('seed')) == (commit, seed): return before
+    told = {**await work(), 'commit': commit, 'seed': seed}
     write_atomic(file, json.dumps(told, indent=1) + '\n')
     return told
 
