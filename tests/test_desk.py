@@ -1,0 +1,413 @@
+"""The order path under attack: real desk, broker, reconciler and journal on ccxt's own client, judged by the emulator's books."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from realdeal import exchange, faults
+from realdeal.broker import CcxtBroker
+from realdeal.decide import State
+from realdeal.desk import SEEN, Desk, Reconciler, Switch, adopt, kill_file, remember, resume, throw
+from realdeal.drill import TOLERANCE, judge
+from realdeal.emulator import SIMULATED_START, Emulator, Limits, serve
+from realdeal.exchange import Clock, Exchange
+from realdeal.fills import quote_price
+from realdeal.market import generate
+from realdeal.orders import client_id, round_down
+from realdeal.risk import Standing
+from realdeal.settings import Settings
+from realdeal.store import Journal
+from realdeal.types import DAY, MINUTE, Intent, Order, OrderStatus, Retry
+from realdeal.venue import NewOrder, VenueError
+from realdeal.wire import client_options
+
+NOW, KEY, SYMBOLS = SIMULATED_START + DAY, "emulator-main", ("BTC/USDT", "ETH/USDT")
+BTC, ETH = SYMBOLS
+HISTORIES = generate("realistic", SYMBOLS, SIMULATED_START, 2 * 1440, seed=5)
+LAG, UNTIL, PATIENCE = 0.15, (0.02, 0.15), 0.5   # s: as in life, in this order, and shorter
+MONEY = {"USDT": 100_000, "BTC": 1, "ETH": 10}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the wall takes seconds for takes a part of one; nothing else is changed."""
+    monkeypatch.setattr(faults, "LAG", LAG)
+    monkeypatch.setattr(faults, "UNTIL", UNTIL)
+    monkeypatch.setattr(exchange, "_pause", lambda state: 0.01)
+
+
+def settings_in(folder: Path, **more: dict[str, Any]) -> Settings:
+    given = {"data": {"symbols": SYMBOLS, "rate_limit_ms": 1}, "live": {"stage": "testnet"}, "risk": {"pause": 1, "max_orders": 10_000}}
+    return Settings(home=folder).override(**{k: {**given.get(k, {}), **more.get(k, {})} for k in {*given, *more}})
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+class Life:
+    """One process: everything that it knows comes from the journal's file."""
+    def __init__(self, e: Emulator, s: Settings, reached: Callable[[str], None] = lambda step: None):
+        self.e, self.s, self.said = e, s, list[str]()
+        self.journal = Journal(s.data_dir / "journals" / "journal.sqlite")
+        self.venue = Exchange(s, options=client_options(e.url), clock=Clock(rate=0))
+        self.memory = remember(self.journal, s.risk.capital)
+        self.switch = Switch(kill_file(s), self.journal, self.venue.clock.now)
+        self.broker = CcxtBroker(self.venue, self.known, PATIENCE)
+        self.rules: dict[str, Any] = {}
+        self.desk = Desk(self.journal, self.broker, self.memory, self.switch, s, now=self.venue.clock.now, standing=self.standing, rules=self.rules, say=self.said.append, calm=0.0, reached=reached)
+        self.books = Reconciler(self.venue, self.desk)
+        self.venue.client.gate = self.desk.gate
+
+    def known(self) -> set[str | None]: return {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()}
+
+    def mark(self, symbol: str) -> float: return float(self.e.venue.books[symbol].last)
+
+    def standing(self, symbol: str) -> Standing:
+        return Standing(self.mark(symbol), 0.0, self.memory.account.equity({x: self.mark(x) for x in SYMBOLS}), half_spread=self.s.costs.half_spread)
+
+    async def start(self) -> None:
+        await self.venue.open()
+        self.venue.clock.set(self.e.clock.now)
+        self.rules.update({x: self.venue.rules(x) for x in SYMBOLS})
+        await self.desk.take_up(2.0)
+        await self.books.open()
+
+    async def end(self) -> None:
+        await self.venue.close()
+        self.journal.close()
+
+    def meant(self, symbol: str, side: str, amount: float, price: float | None = None, attempt: int = 0) -> Intent:
+        """A decision of this moment, journalled, with its order."""
+        now = self.venue.clock.now()
+        i = Intent(client_id("main", "testnet", symbol, now, 0, attempt), symbol, side, round_down(amount, self.rules[symbol].lot), now, "limit" if price else "market", price, attempt)
+        with self.journal.transaction():
+            if self.memory.state.time != now: self.journal.add_decision(now, {}, {}, State(time=now).to_json())
+            self.journal.add_intent(i)
+        self.memory.state = State(time=now)
+        return i
+
+    async def send(self, *args: Any, **kw: Any) -> Order:
+        i = self.meant(*args, **kw)
+        await self.desk.send(i)
+        return self.order(i)
+
+    def order(self, i: Intent) -> Order:
+        found = self.memory.order(i.client_id)
+        assert found is not None and self.journal.orders()[i.client_id] == found, "the memory is a copy of the journal"
+        return found
+
+    async def look(self) -> list[str]:
+        return await self.books.check()
+
+    async def quiet(self, seconds: float = 10.0) -> None:
+        """Follow and compare until nothing is in the air."""
+        began = time.monotonic()
+        while self.memory.pending and time.monotonic() - began < seconds:
+            await self.desk.follow()
+            await asyncio.sleep(0.02)
+        for _ in range(SEEN): await self.look()
+
+    def incidents(self, kind: str) -> list[str]: return [r["text"] for r in self.journal.rows("incidents") if r["kind"] == kind]
+
+
+@asynccontextmanager
+async def emulator(**kw: Any) -> AsyncIterator[Emulator]:
+    async with serve(**{"histories": HISTORIES, "now": NOW, "seed": 5, "balances": MONEY, "limits": Limits(weight=10**9)} | kw) as e: yield e
+
+
+@asynccontextmanager
+async def alive(folder: Path, e: Emulator | None = None, **more: Any) -> AsyncIterator[Life]:
+    async with contextlib.AsyncExitStack() as stack:
+        life = Life(e or await stack.enter_async_context(emulator()), settings_in(folder, **more))
+        try:
+            await life.start()
+            yield life
+        finally: await life.end()
+
+
+async def calm(e: Emulator) -> None:
+    """Every fault ends."""
+    for name in list(e.hub.faults.lasting):
+        e._ends.pop(name).cancel()
+        await e._end(name)
+
+
+def own(books: dict[str, Any]) -> dict[str, Any]:
+    """The books without what others did on the account: their orders, and what these and transfers moved."""
+    foreign = {o["id"] for o in books["orders"] if not o["client_id"]}
+    opening = {c: dict(b) for c, b in books["opening"].items()}
+    def move(coin: str, amount: Decimal) -> None: opening[coin]["free"] = str(Decimal(opening[coin]["free"]) + amount)
+    for t in books["transfers"]: move(t["asset"], Decimal(t["amount"]))
+    for d in books["deals"]:
+        if d["orderId"] not in foreign: continue
+        sign, base = 1 if d["isBuyer"] else -1, d["symbol"].removesuffix("USDT")
+        move(base, sign * Decimal(d["qty"]))
+        move("USDT", -sign * Decimal(d["quoteQty"]) - Decimal(d["commission"]))
+    return {**books, "opening": opening, "orders": [o for o in books["orders"] if o["id"] not in foreign], "deals": [d for d in books["deals"] if d["orderId"] not in foreign]}
+
+
+AT_VENUE = {"FILLED": {"filled"}, "CANCELED": {"canceled"}, "PARTIALLY_CANCELED": {"canceled"}}
+LASTING = tuple(n for n in faults.chosen("orders") if faults.lasts(n))
+HIDING = {"late_order", "lookup_lag"}    # while they are on an order may be there that is not seen
+STEPS = ("before the wire", "after the wire", "kept", "polled", "before the cancel", "meant")
+symbols, sides, shares, offsets = st.sampled_from(SYMBOLS), st.sampled_from(("buy", "sell")), st.sampled_from((0.02, 0.1, 0.5, 1.0)), st.sampled_from((-0.001, 0.0, 0.00005, 0.0002, 0.001, 0.01))
+crashes = st.none() | st.none() | st.none() | st.tuples(st.sampled_from(STEPS), st.integers(1, 3))
+
+
+class OrderPath(RuleBasedStateMachine):
+    """Anything may happen at any time; whatever happened, the books agree in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.folder = Path(tempfile.mkdtemp(prefix="desk-"))
+        self.stack = contextlib.AsyncExitStack()
+        self.due: tuple[str, int] | None = None
+        self.life: Life | None = None
+        self.silent: int | None = None      # placements that had come when the switch was thrown
+        self.seed = 0
+        self.hid = False
+
+    def reached(self, step: str) -> None:
+        if self.due is None or self.due[0] != step: return
+        self.due = (step, self.due[1] - 1) if self.due[1] > 1 else None
+        if self.due is None: raise Crash(step)
+
+    @initialize(execution=st.sampled_from(("taker", "maker")), then=st.sampled_from(("give up", "take")))
+    def begin(self, execution: str, then: str) -> None:
+        self.s = settings_in(self.folder, orders={"execution": execution, "then": then, "patience": 3})
+        self.e = self.runner.run(self.stack.enter_async_context(emulator()))
+        self.be(None, self.born())
+
+    async def born(self) -> None:
+        self.life = Life(self.e, self.s, self.reached)
+        await self.life.start()
+
+    async def crash(self) -> None:
+        """Nothing is left but the file, and one begins again. It may crash at once, but not for ever."""
+        while True:
+            if self.life is not None: await self.life.end()
+            try: return await self.born()
+            except Crash: pass
+            except Retry: await calm(self.e)      # a start waits until the venue answers
+
+    def be(self, crash_at: tuple[str, int] | None, work: Any) -> None:
+        """Do `work`, and die where it says."""
+        async def all_of_it() -> None:
+            self.due = crash_at
+            try: await work
+            except Crash: await self.crash()
+            except Retry as e: note(str(e))
+            finally: self.due = None
+        self.runner.run(all_of_it())
+
+    # What the runner does.
+
+    def chosen(self, symbol: str, side: str, share: float, offset: float | None, attempt: int = 0) -> tuple[Any, ...] | None:
+        """What a plan may ask for: one order a symbol and decision, sales out of what is held, nothing for a symbol that waits or is halted."""
+        m, mark = self.life.memory, self.life.mark(symbol)
+        now = self.life.venue.clock.now()
+        if any(o.intent.symbol == symbol and (o.intent.time == now or not o.status.is_final) for by in (m.pending, m.over) for o in by.values()) or symbol in self.life.desk.halts: return None
+        amount = m.account.positions.get(symbol, 0.0) * share if side == "sell" else 1000 * share / mark
+        if round_down(amount, self.life.rules[symbol].lot) * mark < 6: return None
+        price = None if offset is None else quote_price(1 if side == "buy" else -1, mark, offset, self.life.rules[symbol].tick)
+        return symbol, side, amount, price
+
+    @rule(symbol=symbols, side=sides, share=shares, offset=st.none() | offsets, crash_at=crashes)
+    def send(self, symbol: str, side: str, share: float, offset: float | None, crash_at: Any) -> None:
+        if (what := self.chosen(symbol, side, share, offset)) is not None: self.be(crash_at, self.life.send(*what))
+
+    @rule(symbol=symbols, side=sides, share=shares, offset=st.none() | offsets)
+    def mean_and_die(self, symbol: str, side: str, share: float, offset: float | None) -> None:
+        if (what := self.chosen(symbol, side, share, offset)) is None: return
+        self.life.meant(*what)
+        self.be(None, self.crash())
+
+    @rule(minutes=st.integers(1, 3))
+    def wait(self, minutes: int) -> None:
+        async def pass_by() -> None:
+            await self.e.clock.step(minutes)
+            self.life.venue.clock.set(self.e.clock.now)
+        self.be(None, pass_by())
+
+    @rule(crash_at=crashes)
+    def requote(self, crash_at: Any) -> None:
+        if self.silent is None: self.be(crash_at, self.life.desk.requote())
+
+    @rule(crash_at=crashes)
+    def cancel(self, crash_at: Any) -> None:
+        self.be(crash_at, self.life.desk.end([o for o in self.life.memory.pending.values() if o.status is OrderStatus.OPEN]))
+
+    @rule(crash_at=crashes)
+    def follow(self, crash_at: Any) -> None: self.be(crash_at, self.life.desk.follow())
+
+    @rule(seconds=st.sampled_from((0.1, 0.3, 0.6)))
+    def rest(self, seconds: float) -> None: self.be(None, asyncio.sleep(seconds))
+
+    @rule(times=st.integers(1, SEEN), crash_at=crashes)
+    def reconcile(self, times: int, crash_at: Any) -> None:
+        async def look() -> None:
+            for _ in range(times): await self.life.look()
+        self.be(crash_at, look())
+
+    @rule()
+    def die(self) -> None: self.be(None, self.crash())
+
+    # What the operator does.
+
+    @rule(flatten=st.booleans(), crash_at=crashes)
+    def kill(self, flatten: bool, crash_at: Any) -> None:
+        throw(kill_file(self.s), "a test", flatten)
+        if not self.life.switch.order().get("flatten"): self.silent = len(self.e.arrivals(KEY).sent)
+        self.be(crash_at, self.life.desk.stand_down())
+
+    @rule(crash_at=crashes)
+    def stand_down(self, crash_at: Any) -> None:
+        if self.life.switch.why(): self.be(crash_at, self.life.desk.stand_down())
+
+    @rule()
+    def resume(self) -> None:
+        resume(kill_file(self.s), [self.life.journal.path], "go on")
+        self.silent = None
+
+    @rule()
+    def adopt(self) -> None: adopt([self.life.journal.path], "it was me")
+
+    @rule(symbol=symbols, side=sides, share=shares, offset=st.none() | offsets, after=st.sampled_from((0.0, 0.003, 0.01)), flatten=st.booleans())
+    def kill_meanwhile(self, symbol: str, side: str, share: float, offset: float | None, after: float, flatten: bool) -> None:
+        """An order leaves, the books are compared and the switch is thrown, all at once, as in the runner."""
+        if self.life.switch.why() or (what := self.chosen(symbol, side, share, offset)) is None: return
+        async def killed() -> None:
+            await asyncio.sleep(after)
+            throw(kill_file(self.s), "meanwhile", flatten)
+            await self.life.desk.stand_down()
+        async def all_of_it() -> None:
+            results = await asyncio.gather(self.life.send(*what), self.life.look(), self.life.desk.follow(), killed(), return_exceptions=True)
+            for error in results:
+                if isinstance(error, BaseException) and not isinstance(error, Retry): raise error
+            self.silent = None if flatten else len(self.e.arrivals(KEY).sent)
+        self.be(None, all_of_it())
+
+    # What the venue and others do.
+
+    @rule(name=st.sampled_from(LASTING))
+    def fault(self, name: str) -> None:
+        self.seed += 1
+        self.hid |= name in HIDING
+        async def begin() -> None: self.e.fault(name, 3600, self.seed)
+        self.be(None, begin())
+
+    @rule()
+    def user_lost(self) -> None:
+        async def strike() -> None: self.e.fault("user_lost")
+        self.be(None, strike())
+
+    @rule()
+    @precondition(lambda self: self.life is not None and self.e.hub.faults.lasting)
+    def faults_end(self) -> None: self.be(None, calm(self.e))
+
+    @rule(symbol=symbols, side=st.sampled_from(("BUY", "SELL")), offset=st.none() | st.sampled_from((0.001, 0.01)))
+    def stranger(self, symbol: str, side: str, offset: float | None) -> None:
+        price = None if offset is None else Decimal(str(quote_price(1 if side == "BUY" else -1, self.life.mark(symbol), offset, 0.01)))
+        order = NewOrder(symbol, side, "MARKET" if price is None else "LIMIT_MAKER", Decimal("0.003") if symbol == BTC else Decimal("0.05"), price)
+        async def strike() -> None:
+            with contextlib.suppress(VenueError): await self.e.place(KEY, order)
+        self.be(None, strike())
+
+    @rule(coin=st.sampled_from(tuple(MONEY)), up=st.booleans())
+    def transfer(self, coin: str, up: bool) -> None:
+        self.be(None, self.e.transfer(KEY, coin, Decimal("0.01") * (1 if up else -1)))
+
+    # What must hold.
+
+    @invariant()
+    @precondition(lambda self: self.life is not None)
+    def nothing_is_bought_twice(self) -> None:
+        books = self.e.books(KEY)
+        assert books["duplicates"] == []
+        there = {o["client_id"]: o for o in books["orders"] if o["client_id"]}
+        orders = self.life.journal.orders()
+        assert not there.keys() - orders.keys(), "what is there was meant"
+        absent = set()
+        for name, order in orders.items():
+            known = self.life.memory.order(name)
+            assert known == order, "the memory is a copy of the journal"
+            if not order.status.is_final: continue
+            if order.status in (OrderStatus.HELD, OrderStatus.REJECTED): assert name not in there, f"{order} never left"
+            elif order.status is OrderStatus.ABSENT:
+                if name in there: absent.add((order.intent.symbol, order.intent.time))
+                assert name not in there or self.hid, f"{order} is at the venue"
+            else:
+                assert order.status.value in AT_VENUE[there[name]["status"]], f"{order}, but {there[name]}"
+                assert order.filled == pytest.approx(float(there[name]["executed"])) == sum(f.amount for f in self.life.journal.fills(name))
+        chains: dict[tuple[str, int], list[Order]] = {}
+        for order in orders.values():
+            if order.intent.client_id != client_id("main", "testnet", order.intent.symbol, order.intent.time, 1): chains.setdefault((order.intent.symbol, order.intent.time), []).append(order)
+        for key, chain in chains.items():
+            bought = sum(float(there[o.intent.client_id]["executed"]) for o in chain if o.intent.client_id in there)
+            assert key in absent or bought <= max(o.intent.amount for o in chain) + 1e-9, f"more than was meant: {chain}"
+
+    @invariant()
+    @precondition(lambda self: self.life is not None)
+    def a_kill_lets_nothing_out(self) -> None:
+        if self.silent is not None: assert len(self.e.arrivals(KEY).sent) == self.silent
+
+    def teardown(self) -> None:
+        try:
+            if self.life is not None: self.runner.run(self.settle())
+        finally:
+            self.runner.run(self.ended())
+            self.runner.close()
+            shutil.rmtree(self.folder)
+
+    async def ended(self) -> None:
+        if self.life is not None: await self.life.end()
+        await self.stack.aclose()
+
+    async def settle(self) -> None:
+        """Faults end; what is open is cancelled; a human explains what others did; then everything agrees."""
+        self.due = None
+        await calm(self.e)
+        await asyncio.sleep(UNTIL[1] + LAG)
+        life = self.life
+        throw(kill_file(self.s), "the end")
+        began = time.monotonic()
+        while not await life.desk.stand_down():
+            assert time.monotonic() - began < 10, f"never stands down: {life.memory.pending}"
+            await life.desk.follow()
+            await asyncio.sleep(0.02)
+        for _ in range(SEEN): await life.look()
+        for _ in range(2):
+            adopt([life.journal.path], "whoever it was")
+            for _ in range(SEEN): await life.look()
+        assert not life.desk.halts and await life.look() == []
+        books = own(self.e.books(KEY))
+        found = judge(books, life.journal.orders(), life.journal.fills())
+        assert found.clean, found
+        held, cash = {x: 0.0 for x in SYMBOLS}, self.s.risk.capital
+        for o in books["orders"]: held[o["symbol"].removesuffix("USDT") + "/USDT"] += float(o["executed"]) * (1 if o["side"] == "BUY" else -1)
+        for d in books["deals"]: cash -= float(d["quoteQty"]) * (1 if d["isBuyer"] else -1) + float(d["commission"])
+        account = remember(life.journal, self.s.risk.capital).account
+        assert account == life.memory.account and account.cash == pytest.approx(cash, abs=TOLERANCE)
+        assert {x: account.positions.get(x, 0.0) for x in SYMBOLS} == pytest.approx(held, abs=TOLERANCE)
+
+
+def test_order_path(quick: None) -> None:
+    examples, steps = int(os.environ.get("DESK_EXAMPLES", "12")), int(os.environ.get("DESK_STEPS", "30"))
+    run_state_machine_as_test(OrderPath, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None, derandomize="DESK_RANDOM" not in os.environ, database=None, suppress_health_check=list(HealthCheck)))
