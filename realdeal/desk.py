@@ -151,11 +151,12 @@ class Desk:
         return True
 
     async def _submit(self, i: Intent) -> None:
+        sent = advance(Order(i), 'sent')
         self.reached('before the wire')
         answer = await self.broker.submit(i)
         self.reached('after the wire')
         event = {OrderStatus.OPEN: 'opened', OrderStatus.REJECTED: 'rejected', OrderStatus.FILLED: 'filled', OrderStatus.HELD: 'held'}.get(answer.status, 'lost')
-        self.apply(self.memory.pending[i.client_id], Told(event, venue_id=answer.venue_id, reason=answer.reason))
+        self.apply(sent, Told(event, venue_id=answer.venue_id, reason=answer.reason))
         self._trust(answer)
 
     async def take_up(self, until: float = 20.0) -> None:
