@@ -268,7 +268,6 @@ class Desk:
         "After a kill: cancel what is open, and see at the venue that it is; sell what is held where that was asked for. True when it is done."
         told = self.switch.order()
         await self.end([o for o in self.memory.pending.values() if o.status is OrderStatus.OPEN and o.intent.client_id not in self.closing])
-        if any(o.intent.client_id not in self.closing for o in self.memory.pending.values()): return False
         if told.get('flatten'): await self._flatten()
         return not self.memory.pending
 

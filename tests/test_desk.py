@@ -74,7 +74,9 @@ class Life:
         self.books = Reconciler(self.venue, self.desk)
         self.venue.client.gate = self.desk.gate
 
-    def known(self) -> set[str | None]: return {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()}
+    def known(self) -> set[str | None]:
+        """Our orders, and those of others that a human took over."""
+        return {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()} | set((self.journal.fact("opening") or {}).get("foreign", ()))
 
     def mark(self, symbol: str) -> float: return float(self.e.venue.books[symbol].last)
 
@@ -439,3 +441,50 @@ async def test_an_answer_comes_after_the_fill(tmp_path: Path) -> None:
         assert life.order(i).status is OrderStatus.FILLED and not sending.done()
         await sending
         assert life.order(i).status is OrderStatus.FILLED and life.memory.account.positions == {BTC: 0.01}
+
+
+def lose(life: Life, name: str = "lost_order") -> None:
+    """From now on every order is struck by `name`."""
+    life.e.fault(name, 3600, 1)
+    life.e.hub.faults.lasting[name].rng = Always()
+
+
+class Always:
+    def random(self) -> float: return 0.0
+    def uniform(self, low: float, high: float) -> float: return high
+
+
+async def strange(e: Emulator, symbol: str = BTC, side: str = "BUY", price: str | None = None, amount: str = "0.01") -> str:
+    made = await e.place(KEY, NewOrder(symbol, side, "LIMIT" if price else "MARKET", Decimal(amount), Decimal(price) if price else None))
+    return made.id
+
+
+async def test_an_order_of_unknown_fate_waits_for_a_human(tmp_path: Path) -> None:
+    """The venue has a trade that may be the lost order's. A human says whose it was, and it counts as never arrived."""
+    async with alive(tmp_path) as life:
+        lose(life)
+        i = life.meant(ETH, "buy", 0.05)
+        await life.desk.send(i)
+        await calm(life.e)
+        await strange(life.e, ETH, amount="0.05")
+        await life.quiet(2 * PATIENCE)
+        assert life.order(i).status is OrderStatus.UNKNOWN and set(life.desk.halts) == {ETH}
+        for _ in range(2):      # what moved the balances is seen when no fate is open any more, and asks once more
+            adopt([life.journal.path], "mine")
+            await life.look()
+            await life.quiet(2 * PATIENCE)
+            assert life.order(i).status is OrderStatus.ABSENT
+        assert not life.desk.halts and life.incidents("adopted")[-1].startswith("mine: {")
+
+
+async def test_a_kill_sells_what_it_can(tmp_path: Path) -> None:
+    """The fate of one symbol's order is open, for good it seems: the others are sold all the same."""
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        lose(life)
+        await life.send(ETH, "buy", 0.05)
+        await calm(life.e)
+        await strange(life.e, ETH, amount="0.05")
+        throw(kill_file(life.s), "a test", flatten=True)
+        for _ in range(3): assert not await life.desk.stand_down(), "nobody can say that nothing is open"
+        assert life.memory.account.positions == {BTC: 0.0}
