@@ -172,6 +172,7 @@ class Desk:
 
     def _trust(self, answer: Order) -> None:
         "Count failures in a row."
+        if answer.status is OrderStatus.HELD: return      # it never left: that says nothing of the venue
         failed = answer.status in (OrderStatus.REJECTED, OrderStatus.UNKNOWN)
         after = self.breaker.failed(self.now(), answer.reason, self.s.risk) if failed else self.breaker.worked()
         if after.reason and after.reason != self.breaker.reason: self.note('breaker', after.reason)
