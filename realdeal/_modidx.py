@@ -218,6 +218,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.desk.Switch': ('desk.html#switch', 'realdeal/desk.py'),
                                'realdeal.desk.Switch.__init__': ('desk.html#switch.__init__', 'realdeal/desk.py'),
                                'realdeal.desk.Switch._latched': ('desk.html#switch._latched', 'realdeal/desk.py'),
+                               'realdeal.desk.Switch._thrown': ('desk.html#switch._thrown', 'realdeal/desk.py'),
                                'realdeal.desk.Switch.order': ('desk.html#switch.order', 'realdeal/desk.py'),
                                'realdeal.desk.Switch.why': ('desk.html#switch.why', 'realdeal/desk.py'),
                                'realdeal.desk.adopt': ('desk.html#adopt', 'realdeal/desk.py'),

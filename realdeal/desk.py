@@ -69,9 +69,15 @@ class Switch:
     def why(self) -> str | None:
         "Why nothing may leave; None while everything may."
         try:
-            if (reason := self.journal.latch(LATCH)) is None and self.file.exists(): reason = self._latched()
+            if (reason := self.journal.latch(LATCH)) is None and self._thrown(): reason = self._latched()
             return None if may_send(reason)[0] else reason
         except Exception: return may_send(None, readable=False)[1]
+
+    def _thrown(self) -> bool:
+        # Not exists(): a link to nowhere is there, and a folder that cannot be looked into is no folder without KILL.
+        try: self.file.lstat()
+        except FileNotFoundError: return False
+        return True
 
     def _latched(self) -> str:
         told = self.order()
