@@ -353,9 +353,10 @@ class Reconciler:
                 name = t.client_id if memory.order(t.client_id) else ours.get(t.order, '')
                 if name: missed.setdefault(name, []).append(replace(t.fill, client_id=name))
                 elif t.fill.time >= begun: found.setdefault(symbol, set()).add(t.order)
-            there = {str(o.get('clientOrderId') or ours.get(str(o['id']), '')): str(o['id']) for o in seen.orders[symbol]}
-            for name in {*missed, *(n for n in there if memory.order(n))}: self._mend(name, missed.get(name, []), there.get(name))
-            found.setdefault(symbol, set()).update(i for n, i in there.items() if not memory.order(n))
+            there = {str(o['id']): str(o.get('clientOrderId') or ours.get(str(o['id']), '')) for o in seen.orders[symbol]}
+            known = {n: i for i, n in there.items() if memory.order(n)}
+            for name in {*missed, *known}: self._mend(name, missed.get(name, []), known.get(name))
+            found.setdefault(symbol, set()).update(there.keys() - known.values())
         return found
 
     def _mend(self, name: str, fills: Sequence[Fill], open_as: str | None) -> None:
