@@ -65,7 +65,7 @@ NOTHING = Record(0.0, 0.0, 0, False)
 
 def record_of(journal: Journal, now: Session, every: int) -> Record:
     "The record that `journal` holds for a runner like `now`; `every`: minutes between two decisions. What ran on a loopback venue is none."
-    like = [x for x in sessions(journal) if (x.code, x.settings, x.model) == (now.code, now.settings, now.model) and not x.loopback and '+' not in x.code]
+    like = [x for x in sessions(journal) if (x.code, x.settings, x.model) == (now.code, now.settings, now.model) and not x.loopback and '+' not in x.code and x.code != 'unversioned']
     if not like: return NOTHING
     began, until, step = int(min(x.began for x in like) * 1000), int(max(x.until for x in like) * 1000), every * MINUTE
     due = until // step - began // step
