@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from realdeal.market import generate
 from realdeal.orders import client_id, round_down
 from realdeal.risk import Standing
 from realdeal.settings import Settings
+from realdeal.stages import NOTHING, Session, record_of
 from realdeal.store import Journal
 from realdeal.types import DAY, MINUTE, Intent, Order, OrderStatus, Retry
 from realdeal.venue import NewOrder, VenueError
@@ -488,3 +489,90 @@ async def test_a_kill_sells_what_it_can(tmp_path: Path) -> None:
         throw(kill_file(life.s), "a test", flatten=True)
         for _ in range(3): assert not await life.desk.stand_down(), "nobody can say that nothing is open"
         assert life.memory.account.positions == {BTC: 0.0}
+
+
+async def test_an_order_that_the_switch_held_back_says_nothing_of_the_venue(tmp_path: Path) -> None:
+    """Four failures, one order that never left, and the fifth failure."""
+    async with alive(tmp_path) as life:
+        lose(life, "poor")
+        for _ in range(4): await failed(life)
+        await tick(life)
+        i = life.meant(BTC, "buy", 0.01)
+        life.venue.client.gate = lambda text: "killed: meanwhile"
+        await life.desk.send(i)
+        assert life.order(i).status is OrderStatus.HELD
+        life.venue.client.gate = life.desk.gate
+        await failed(life)
+        assert life.desk.breaker.state(life.venue.clock.now()) == "open"
+
+
+async def failed(life: Life) -> None:
+    await tick(life)
+    assert (await life.send(BTC, "buy", 0.01)).status is OrderStatus.REJECTED
+
+
+async def tick(life: Life, minutes: int = 1) -> None:
+    await life.e.clock.step(minutes)
+    life.venue.clock.set(life.e.clock.now)
+
+
+@pytest.mark.parametrize("plant", ["file", "folder", "dangling link", "link to itself"])
+async def test_whatever_kill_is_it_kills(plant: str, tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        kill = kill_file(life.s)
+        match plant:
+            case "file": kill.write_bytes(b"\xff\x00 no JSON")
+            case "folder": kill.mkdir()
+            case "dangling link": kill.symlink_to("nowhere")
+            case _: kill.symlink_to(kill.name)
+        await nothing_leaves(life)
+        assert (await life.send(BTC, "buy", 0.01)).status is OrderStatus.HELD and not life.e.arrivals(KEY).sent
+
+
+async def nothing_leaves(life: Life) -> None:
+    """Neither by the desk nor past it."""
+    assert life.switch.why()
+    direct = await life.venue.submit(Intent("rddirect", BTC, "buy", 0.01, life.venue.clock.now()))
+    assert direct.status is OrderStatus.HELD and not life.e.arrivals(KEY).sent
+
+
+async def test_a_folder_that_cannot_be_looked_into_kills(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        closed = life.s.data_dir.parent / "closed"
+        (closed / "in").mkdir(parents=True)
+        life.switch.file = closed / "in" / "KILL"
+        assert life.switch.why() is None
+        closed.chmod(0)
+        user = os.geteuid()
+        if not user: os.seteuid(65534)      # root sees everything
+        try: assert life.switch.why() == "the kill latch cannot be read"
+        finally:
+            if not user: os.seteuid(user)
+            closed.chmod(0o700)
+        shutil.rmtree(closed)
+        closed.write_text("a file where a folder was")
+        await nothing_leaves(life)
+
+
+async def test_every_stranger_is_told(tmp_path: Path) -> None:
+    """Orders without a client id are different orders: all of them are told and taken over at once."""
+    async with alive(tmp_path) as life:
+        mark = life.mark(BTC)
+        ids = [await strange(life.e, price=f"{mark * share:.2f}") for share in (0.9, 0.8)]
+        told, = await life.look()
+        assert all(name in told for name in ids)
+        adopt([life.journal.path], "mine")
+        assert await life.look() == [] and not life.desk.halts
+        await life.e.cancel(KEY, BTC, ids[1], "")
+        assert await life.look() == [] and not life.desk.halts
+
+
+def test_code_of_no_version_opens_nothing(tmp_path: Path) -> None:
+    """Without git nobody knows which code ran: two runs of it may be of two programs."""
+    journal = Journal(tmp_path / "testnet.sqlite")
+    here = Session(0.0, 49 * 3600.0, "unversioned", "s", "m", "binance-testnet", False)
+    journal.put_fact("sessions", [asdict(here)])
+    assert record_of(journal, here, 15) == NOTHING
+    journal.put_fact("sessions", [asdict(replace(here, code="abc"))])
+    assert record_of(journal, replace(here, code="abc"), 15).hours == 49
+    journal.close()
