@@ -5,8 +5,11 @@ import asyncio
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
@@ -28,13 +31,14 @@ from realdeal.emulator import SIMULATED_START, Emulator, Limits, serve
 from realdeal.exchange import Clock, Exchange
 from realdeal.fills import quote_price
 from realdeal.market import generate
-from realdeal.orders import client_id, round_down
+from realdeal.orders import Told, client_id, round_down
 from realdeal.risk import Standing
-from realdeal.settings import Settings
-from realdeal.stages import NOTHING, Session, record_of
+from realdeal.settings import Settings, read_settings
+from realdeal.stages import NOTHING, Session, keep_session, lock_account, missing_for, open_broker, order_venue, record_of, session_of, sessions
 from realdeal.store import Journal
-from realdeal.types import DAY, MINUTE, Intent, Order, OrderStatus, Retry
+from realdeal.types import DAY, MINUTE, Account, BadSetting, Fill, Intent, Order, OrderStatus, RealdealError, Refused, Retry, settle
 from realdeal.venue import NewOrder, VenueError
+from realdeal.view import Log
 from realdeal.wire import client_options
 
 NOW, KEY, SYMBOLS = SIMULATED_START + DAY, "emulator-main", ("BTC/USDT", "ETH/USDT")
@@ -63,10 +67,10 @@ class Crash(BaseException):
 
 class Life:
     """One process: everything that it knows comes from the journal's file."""
-    def __init__(self, e: Emulator, s: Settings, reached: Callable[[str], None] = lambda step: None):
+    def __init__(self, e: Emulator, s: Settings, reached: Callable[[str], None] = lambda step: None, account: str = "main"):
         self.e, self.s, self.said = e, s, list[str]()
         self.journal = Journal(s.data_dir / "journals" / "journal.sqlite")
-        self.venue = Exchange(s, options=client_options(e.url), clock=Clock(rate=0))
+        self.venue = Exchange(s, options=client_options(e.url, account), clock=Clock(rate=0))
         self.memory = remember(self.journal, s.risk.capital)
         self.switch = Switch(kill_file(s), self.journal, self.venue.clock.now)
         self.broker = CcxtBroker(self.venue, self.known, PATIENCE)
@@ -135,9 +139,9 @@ async def emulator(**kw: Any) -> AsyncIterator[Emulator]:
 
 
 @asynccontextmanager
-async def alive(folder: Path, e: Emulator | None = None, **more: Any) -> AsyncIterator[Life]:
+async def alive(folder: Path, e: Emulator | None = None, account: str = "main", **more: Any) -> AsyncIterator[Life]:
     async with contextlib.AsyncExitStack() as stack:
-        life = Life(e or await stack.enter_async_context(emulator()), settings_in(folder, **more))
+        life = Life(e or await stack.enter_async_context(emulator()), settings_in(folder, **more), account=account)
         try:
             await life.start()
             yield life
@@ -437,7 +441,8 @@ async def test_an_answer_comes_after_the_fill(tmp_path: Path) -> None:
         slowly(life.venue, 0.3)
         i = life.meant(BTC, "buy", 0.01)
         sending = asyncio.create_task(life.desk.send(i))
-        while not life.e.venue.all_orders(): await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while not life.e.venue.all_orders(): await asyncio.sleep(0.01)  # noqa: ASYNC110
         await life.desk.follow()
         assert life.order(i).status is OrderStatus.FILLED and not sending.done()
         await sending
@@ -576,3 +581,372 @@ def test_code_of_no_version_opens_nothing(tmp_path: Path) -> None:
     journal.put_fact("sessions", [asdict(replace(here, code="abc"))])
     assert record_of(journal, replace(here, code="abc"), 15).hours == 49
     journal.close()
+
+
+async def test_a_fill_counts_once(tmp_path: Path) -> None:
+    """Told twice, told late, told of an order that is over."""
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01)
+        assert order.status is OrderStatus.OPEN
+        told = await life.broker.poll(order)
+        for _ in range(2): life.desk.apply(order, told)
+        life.desk.apply(order, Told("", told.fills))
+        once = life.memory.account
+        again = remember(life.journal, life.s.risk.capital)
+        assert once.positions == {BTC: 0.01} and again.account == once and again.moved == life.memory.moved
+        known, = life.journal.fills()
+        life.desk.apply(life.order(order.intent), Told("filled", [replace(known, trade_id="more", amount=0.002)]))
+        assert life.order(order.intent).filled == 0.012 and life.memory.account.positions == {BTC: 0.012}, "what the venue tells is what happened"
+        with pytest.raises(Refused, match="cannot follow 'filled'"): life.desk.apply(life.order(order.intent), Told("rejected"))
+
+
+async def test_a_cancel_crosses_a_fill(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        orders = [await life.send(BTC, "buy", 0.001, round(life.mark(BTC) * 0.985, 2), attempt=k) for k in range(12)]
+        life.e.fault("cancel_race", 60, 1)
+        await life.desk.end([o for o in life.memory.pending.values()])
+        await life.quiet()
+        ends = [life.order(o.intent) for o in orders]
+        assert {o.status for o in ends} == {OrderStatus.FILLED, OrderStatus.CANCELED} and any(0 < o.filled < 0.001 for o in ends)
+        assert life.memory.account.positions[BTC] == pytest.approx(sum(o.filled for o in ends)) and judge(own(life.e.books(KEY)), life.journal.orders(), life.journal.fills()).clean
+
+
+async def test_an_order_appears_after_all(tmp_path: Path) -> None:
+    """It counted as never arrived, and then it rests at the venue, or is filled there: it is followed again, and that is told."""
+    async with alive(tmp_path) as life:
+        life.broker.patience = 0.0
+        lose(life, "late_order")
+        resting = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        filled = await life.send(ETH, "buy", 0.05)
+        assert {resting.status, filled.status} == {OrderStatus.UNKNOWN}
+        await life.desk.follow()
+        assert {life.order(o.intent).status for o in (resting, filled)} == {OrderStatus.ABSENT} and not life.memory.pending
+        await asyncio.sleep(2 * UNTIL[1])
+        assert await life.look() == []
+        assert life.order(resting.intent).status is OrderStatus.OPEN and len(life.incidents("late")) == 2
+        await life.desk.follow()
+        assert life.order(filled.intent).status is OrderStatus.FILLED and life.memory.account.positions == {ETH: 0.05}
+
+
+async def test_an_id_that_the_venue_does_not_know(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        i = life.meant(BTC, "buy", 0.01)
+        life.desk.keep(Order(i, OrderStatus.SENT))
+        await life.desk.follow()
+        assert life.order(i).status is OrderStatus.UNKNOWN
+        await asyncio.sleep(PATIENCE)
+        await life.desk.follow()
+        assert life.order(i).status is OrderStatus.ABSENT and "nor any trade" in life.incidents("absent")[0]
+        life.desk.keep(Order(i, OrderStatus.OPEN, venue_id="C02__9"))
+        for _ in range(2):
+            await life.desk.follow()
+            assert life.order(i).status is OrderStatus.UNKNOWN, "it was there once: it never counts as absent"
+
+
+@pytest.mark.parametrize(("coin", "halted"), [("BTC", {BTC}), ("USDT", set(SYMBOLS))])
+async def test_a_transfer_halts(coin: str, halted: set[str], tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        await life.e.transfer(KEY, coin, Decimal("0.5"))
+        for _ in range(SEEN - 1): assert await life.look() == [] and not life.desk.halts
+        assert f"+0.5 {coin}" in (await life.look())[0] and set(life.desk.halts) == halted
+        assert (await life.send(BTC, "buy", 0.01)).reason.startswith("BTC/USDT is halted")
+        assert (await life.send(ETH, "buy", 0.05)).status is (OrderStatus.HELD if ETH in halted else OrderStatus.OPEN)
+        with pytest.raises(Refused, match="say what it was"): adopt([life.journal.path], " ")
+        assert adopt([life.journal.path], "savings") == [life.journal.path]
+        for _ in range(SEEN): await life.quiet()
+        await tick(life)
+        assert not life.desk.halts and (await life.send(BTC, "buy", 0.01)).status is OrderStatus.OPEN and adopt([life.journal.path], "again") == []
+
+
+async def test_the_capital_must_be_there(tmp_path: Path) -> None:
+    async with emulator(balances={"USDT": 9_999}) as e:
+        with pytest.raises(Refused, match=r"holds 9999 USDT, \[risk\] capital is 10000"):
+            async with alive(tmp_path, e): pass
+
+
+def test_fees_in_any_coin() -> None:
+    """What the account loses is what the venue takes."""
+    for coin, amount, worth, cash, held, moved in (("", 0.0, 0.5, -500.5, 0.01, {"BTC": 0.01, "USDT": -500.5}), ("BTC", 1e-5, 0.5, -500.0, 0.00999, {"BTC": 0.00999, "USDT": -500.0}),
+            ("BNB", 0.001, 0.5, -500.5, 0.01, {"BTC": 0.01, "USDT": -500.0, "BNB": -0.001}), ("USDT", 0.5, 0.5, -500.5, 0.01, {"BTC": 0.01, "USDT": -500.5})):
+        fill = Fill("rd", BTC, "buy", 0.01, 50_000.0, worth, 0, trade_id="t", fee_coin=coin, fee_amount=amount)
+        after = settle(Account(1000.0), fill)
+        assert after.cash == 1000 + cash and after.positions == {BTC: pytest.approx(held)} and fill.moved == pytest.approx(moved), coin
+
+
+async def test_the_breaker(tmp_path: Path) -> None:
+    """Five failures open it; a reduction leaves all the same; after the pause one order is let through, and its success closes it."""
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        lose(life, "poor")
+        for _ in range(5): await failed(life)
+        assert "5 failures in a row" in life.incidents("breaker")[0] and remember(life.journal, 0.0).over and life.journal.fact("breaker")["failures"] == 5
+        assert (await life.send(ETH, "buy", 0.05)).reason.startswith("the circuit breaker is open")
+        await tick(life, 2)
+        await failed(life)      # half-open: one more failure opens it again
+        assert (await life.send(ETH, "buy", 0.05)).status is OrderStatus.HELD
+        await calm(life.e)
+        await tick(life, 2)
+        lose(life, "lost_order")
+        await life.send(ETH, "buy", 0.05)
+        await tick(life, 2)
+        assert "half-open" in (await life.send(BTC, "buy", 0.01)).reason, "the fate of the one is open"
+        await calm(life.e)
+        await tick(life)
+        assert (await life.send(BTC, "sell", 0.01)).status is OrderStatus.OPEN
+        assert life.desk.breaker.state(life.venue.clock.now()) == "closed" and Desk(life.journal, life.broker, life.memory, life.switch, life.s, now=life.desk.now, standing=life.standing, rules=life.rules, say=print).breaker == life.desk.breaker
+
+
+@pytest.mark.parametrize(("change", "why"), [({"mark": None}, "the price is unknown"), ({"age": 91_000.0}, "91 s old"), ({"skew": 1_500.0}, "the clock is 1500 ms away"),
+    ({"equity": 100.0}, "max_order allows"), ({"mark": 60_000.0}, "collar allows"), ({"recent": 1}, "max_orders allows 1")])
+async def test_what_holds_an_order(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    async with alive(tmp_path, risk={"max_orders": 1}) as life:
+        if "recent" in change: await life.send(ETH, "buy", 0.05)
+        sent, usual = len(life.e.arrivals(KEY).sent), life.standing
+        life.desk.standing = lambda symbol: usual(symbol)._replace(**{k: v for k, v in change.items() if k != "recent"})
+        held = await life.send(BTC, "buy", 0.01, life.mark(BTC) - 100)
+        assert held.status is OrderStatus.HELD and why in held.reason and any(why in x for x in life.incidents("held")) and len(life.e.arrivals(KEY).sent) == sent
+
+
+async def test_a_reduction_is_free_of_size_and_collar(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        await tick(life)
+        usual = life.standing
+        life.desk.standing = lambda symbol: usual(symbol)._replace(equity=1.0)
+        assert (await life.send(BTC, "sell", 0.01, round(life.mark(BTC) * 1.2, 2))).status is OrderStatus.OPEN
+
+
+async def test_a_kill_while_an_order_waits_in_the_throttle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passed every check of the desk; the gate stands behind the throttle."""
+    monkeypatch.setattr(exchange, "WINDOW", 0.4)
+    async with alive(tmp_path) as life:
+        i, client = life.meant(BTC, "buy", 0.01), life.venue.client
+        endpoint = client.calculate_rate_limiter_cost(["spot", "private"], "POST", "order", {}, {"cost": 1}).endpoint
+        client.weights.spent[endpoint] = deque([(time.monotonic(), client.weights.most)])
+        sending = asyncio.create_task(life.desk.send(i))
+        await asyncio.sleep(0.1)
+        assert life.order(i).status is OrderStatus.SENT and not sending.done()
+        throw(kill_file(life.s), "meanwhile")
+        await sending
+        assert life.order(i).status is OrderStatus.HELD and life.order(i).reason == "killed: meanwhile" and life.e.books(KEY)["sent"] == [] and not client.left
+
+
+async def test_a_kill_that_sells(tmp_path: Path) -> None:
+    """What rests is cancelled and what is held is sold, through the gate, and nothing else passes it; the venue says that nothing is open."""
+    async with alive(tmp_path) as life:
+        for symbol, amount in ((BTC, 0.01), (ETH, 0.05)): await life.send(symbol, "buy", amount)
+        await life.quiet()
+        await tick(life)
+        resting = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        throw(kill_file(life.s), "a test", flatten=True)
+        throw(kill_file(life.s), "a second time", flatten=False)
+        assert (await life.venue.submit(Intent("rdother", BTC, "buy", 0.01, NOW))).status is OrderStatus.HELD
+        assert await life.desk.stand_down() and life.order(resting.intent).status is OrderStatus.CANCELED
+        assert life.memory.account.positions == {BTC: 0.0, ETH: 0.0} and not life.e.venue.open_orders() and len(life.desk.closing) == 2
+        assert await life.desk.stand_down() and len(life.e.arrivals(KEY).sent) == 5
+        assert life.switch.why() == "a test"
+        with pytest.raises(Refused, match="say why"): resume(kill_file(life.s), [life.journal.path], "")
+        assert life.switch.why() == "a test" and resume(kill_file(life.s), [life.journal.path], "over") == [life.journal.path] and life.switch.why() is None
+        assert resume(kill_file(life.s), [life.journal.path], "twice") == []
+
+
+async def test_standing_down_is_seen_at_the_venue(tmp_path: Path) -> None:
+    """While the cancel is lost, nothing is said to be over."""
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        lose(life)
+        throw(kill_file(life.s), "a test")
+        assert not await life.desk.stand_down() and life.e.venue.open_orders() and life.order(order.intent).status is OrderStatus.OPEN
+        await calm(life.e)
+        assert await life.desk.stand_down() and not life.e.venue.open_orders()
+
+
+@pytest.mark.parametrize("then", ["give up", "take"])
+async def test_a_maker_quotes_anew(then: str, tmp_path: Path) -> None:
+    """Each minute at the price of the backtest's rule, until patience ends; never more than was meant."""
+    async with alive(tmp_path, orders={"execution": "maker", "patience": 3, "then": then}) as life:
+        price = quote_price(1, life.mark(BTC), 0.002, life.rules[BTC].tick)
+        usual = life.standing
+        life.desk.standing = lambda symbol: usual(symbol)._replace(half_spread=0.002)
+        first = await life.send(BTC, "buy", 0.01, price)
+        marks = [life.mark(BTC)]
+        for _ in range(5):
+            await tick(life)
+            marks.append(life.mark(BTC))
+            await life.desk.requote()
+            await life.desk.follow()
+            await life.desk.requote()
+        chain = sorted(life.journal.orders().values(), key=lambda o: o.intent.attempt)
+        quotes = [o.intent for o in chain if o.intent.kind == "limit"]
+        assert [i.attempt for i in quotes] == [0, 1, 2] and [i.price for i in quotes] == [quote_price(1, m, 0.002, life.rules[BTC].tick) for m in marks[:3]]
+        assert [i.client_id for i in quotes] == [client_id("main", "testnet", BTC, first.intent.time, 0, k) for k in range(3)]
+        assert all(i.amount == pytest.approx(0.01 - sum(o.filled for o in chain[:k])) for k, i in enumerate(o.intent for o in chain))
+        got = sum(o.filled for o in chain)
+        assert got == pytest.approx(0.01) and chain[-1].intent.kind == "market" if then == "take" else got < 0.01 and len(chain) == 3
+        assert judge(own(life.e.books(KEY)), life.journal.orders(), life.journal.fills()).clean
+
+
+async def test_what_never_arrived_is_sent_again_twice(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        life.broker.patience = 0.0
+        lose(life)
+        await life.send(BTC, "buy", 0.01)
+        for _ in range(5):
+            await life.desk.follow()
+            await life.desk.requote()
+        orders = life.journal.orders().values()
+        assert [o.intent.attempt for o in orders] == [0, 1, 2] and {o.status for o in orders} == {OrderStatus.ABSENT} and {o.intent.amount for o in orders} == {0.01} and not life.e.venue.all_orders()
+
+
+async def test_the_last_decisions_orders_end_with_the_next(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        old = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        await tick(life)
+        await life.send(ETH, "buy", 0.05)
+        await life.desk.requote()
+        assert life.order(old.intent).status is OrderStatus.CANCELED
+        life.memory.forget(life.venue.clock.now())
+        assert life.memory.order(old.intent.client_id) is None and old.intent.client_id in life.journal.orders()
+
+
+async def test_the_venue_cannot_be_asked(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01)
+        life.e.fault("maintenance", 60)
+        await life.desk.follow()
+        assert life.order(order.intent).status is OrderStatus.OPEN and life.desk.counts["not asked"] == 1 and "cannot be asked for now" in life.said[-1]
+        with pytest.raises(Retry): await life.look()
+        life.desk.calm = 60.0
+        await calm(life.e)
+        await life.desk.follow()
+        assert life.order(order.intent).status is OrderStatus.OPEN, "it was asked for just now"
+        life.desk.hear(order.intent.client_id)
+        await life.desk.follow()
+        assert life.order(order.intent).status is OrderStatus.FILLED
+
+
+async def test_a_crash_between_meaning_and_sending(tmp_path: Path) -> None:
+    """The decision of now is sent after all; one that is over is not."""
+    async with emulator() as e:
+        async with alive(tmp_path, e) as life: now = life.meant(BTC, "buy", 0.01)
+        async with alive(tmp_path, e) as life:
+            assert life.order(now).status in (OrderStatus.OPEN, OrderStatus.FILLED)
+            await life.quiet()
+            await tick(life)
+            old = life.meant(BTC, "buy", 0.01)
+        await e.clock.step(15)
+        async with alive(tmp_path, e) as life: assert life.order(old).status is OrderStatus.HELD and "too old" in life.order(old).reason and len(e.venue.all_orders()) == 1
+
+
+def test_one_runner_an_account(tmp_path: Path) -> None:
+    """Another process holds the lock until it ends, however it ends."""
+    path = tmp_path / "journal.sqlite"
+    code = f"import time; from pathlib import Path; from realdeal.stages import lock_account; lock = lock_account(None, Path({str(path)!r})); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(Refused, match="another runner trades on this account"): lock_account(None, path)
+        other.kill()
+        other.wait()
+        lock_account(None, path).release()
+
+
+async def test_one_account_at_a_time(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life, emulator() as e, alive(tmp_path / "other", e) as other:
+        held = lock_account(life.venue, tmp_path / "a")
+        with pytest.raises(Refused): lock_account(life.venue, tmp_path / "b")
+        lock_account(other.venue, tmp_path / "a").release()
+        held.release()
+
+
+@pytest.mark.parametrize("name", ["STAGE", "ARMED"])
+def test_the_environment_opens_no_stage(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.ini"
+    shutil.copy(Path(__file__).parents[1] / "settings.ini", file)
+    with pytest.raises(BadSetting, match=name.lower()): read_settings(file, env={f"REALDEAL_LIVE_{name}": "live" if name == "STAGE" else "yes"})
+
+
+def test_what_is_missing_for_a_stage(tmp_path: Path) -> None:
+    """A perfect record of a loopback venue opens nothing; a real one does, with the switch in the settings."""
+    s = settings_in(tmp_path, live={"stage": "live"})
+    now = Session(0.0, 0.0, "abc", "s", "m", "", True)
+    assert missing_for("paper", s, now, s.data_dir) == missing_for("testnet", s, now, s.data_dir) == []
+    perpetual = s.override(orders={"market": "perpetual"})
+    assert [x for x in missing_for("testnet", perpetual, now, s.data_dir)] == ["[orders] market = perpetual: the runner keeps no account of funding so far"]
+    path = s.data_dir / "journals" / "exchange-binance-spot-testnet.sqlite"
+    journal = Journal(path)
+    for k in range(1, 197): journal.add_decision(k * 15 * MINUTE, {}, {}, {})
+    for n, kind in enumerate(("killed", "stood down", "resumed")): journal.db.execute("insert into incidents values (0,?,?,?,?)", (3600.0 + n, kind, "", ""))
+    def ran(**other: Any) -> list[str]:
+        journal.put_fact("sessions", [asdict(replace(now, until=49 * 3600.0, loopback=False, **other))] if "loopback" not in other else [asdict(replace(now, until=49 * 3600.0, **other))])
+        return missing_for("live", s, now, s.data_dir)
+    armed = "[live] armed = yes in settings.ini"
+    assert ran() == [armed]
+    nothing = missing_for("live", s, now, tmp_path / "nowhere")
+    assert nothing[0] == armed and nothing[1].startswith("0.0 of 48 hours on a testnet") and nothing[2].startswith("uptime 0.00%") and nothing[3].startswith("a drilled kill switch")
+    for other in ({"loopback": True}, {"code": "def"}, {"settings": "t"}, {"model": "n"}): assert ran(**other) == nothing, other
+    ran()
+    s = s.override(live={"stage": "live", "armed": True})
+    assert missing_for("live", s, now, s.data_dir) == []
+    journal.put_order(Order(Intent("rd", BTC, "buy", 0.01, 3_600_000), OrderStatus.UNKNOWN))
+    assert missing_for("live", s, now, s.data_dir) == ["1 failed orders"]
+    journal.close()
+
+
+async def test_an_open_stage_takes_its_own_venue_only(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        now = session_of(life.s, "m", life.venue)
+        assert now.loopback and isinstance(open_broker(life.venue, None, life.known, life.s, now, tmp_path), CcxtBroker)
+        keep_session(life.journal, now)
+        keep_session(life.journal, now)
+        assert sessions(life.journal) == [now]
+        life.venue.is_emulated = False
+        with pytest.raises(Refused, match="a venue with real money"): open_broker(life.venue, None, life.known, life.s, now, tmp_path)
+        life.venue.is_emulated = True
+        life.venue.client.markets[ETH]["active"] = False
+        with pytest.raises(Refused, match="does not let the API trade it"): open_broker(life.venue, None, life.known, life.s, now, tmp_path)
+        with pytest.raises(Refused, match="does not let the API trade it"): await life.venue.submit(Intent("rd", ETH, "buy", 0.05, NOW))
+        for stage, where in (("paper", None), ("testnet", life.venue)):
+            async with order_venue(life.s.override(live={"stage": stage}), life.venue) as orders: assert orders is where
+
+
+async def test_no_secret_is_written(tmp_path: Path) -> None:
+    """Every order fault strikes a runner with a planted key; nothing that it leaves or says holds the key, its secret, a signature or a listenKey."""
+    async with alive(tmp_path, account="pl4nted") as life:
+        client, said = life.venue.client, life.said
+        secrets = [client.apiKey, client.secret]
+        assert "pl4nted" in secrets[0] and len(secrets[1]) > 8
+        log = Log(life.s.data_dir / "log.jsonl", secrets)
+        for name in LASTING:
+            lose(life, name)
+            await tick(life)
+            for symbol, amount in ((BTC, 0.01), (ETH, 0.05)): await life.send(symbol, "buy", amount, round(life.mark(symbol) * 0.985, 2))
+            try: await life.look()
+            except Retry as e: said.append(f"{e!r}")
+            await life.desk.end([o for o in life.memory.pending.values() if o.status is OrderStatus.OPEN])
+            await calm(life.e)
+        life.desk.breaker = life.desk.breaker.worked()
+        client.secret = "another"
+        try: await life.look()
+        except RealdealError as e: said.append(f"{e!r}")
+        client.secret = secrets[1]
+        with contextlib.suppress(RealdealError): await life.quiet(1.0)
+        for text in (*said, f"GET /api/v3/order?timestamp=1&signature={'0' * 64}", f"X-MEXC-APIKEY: {secrets[0]}, {secrets[1]}"): log("said", text=text)
+        log.close()
+        left = files(tmp_path)
+        assert {p.name for p in left} >= {"journal.sqlite", "log.jsonl"}
+        for place, text in (*left.items(), ("said", "\n".join(said).encode())):
+            for planted in (*secrets, "pl4nted"): assert planted.encode() not in text, place
+        assert b"signature=" not in "\n".join(said).encode()
+
+
+def files(folder: Path) -> dict[Path, bytes]: return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_stage_command_tells_no_secret(tmp_path: Path) -> None:
+    from conftest import REPO
+    env = {**os.environ, "MEXC_API_KEY": "pl4nted-key", "MEXC_SECRET": "pl4nted-secret"}
+    for how in ([], ["--json"]):
+        told = subprocess.run([sys.executable, "-m", "realdeal", "stage", *how], cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
+        assert "live" in told.stdout and "pl4nted" not in told.stdout + told.stderr
