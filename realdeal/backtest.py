@@ -4,16 +4,17 @@
 
 # %% ../nbs/33_backtest.ipynb #0ebff56d
 from __future__ import annotations
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import gc, math, sys, warnings
 from typing import Any, NamedTuple
 import numpy as np, polars as pl
 from .decide import State, decide, snapshot
 from .features import Panel
 from .fills import Met, Terms, Working, conditions, terms_of
-from .orders import plan
+from .orders import client_id, plan
 from .performance import daily_returns, figures, intervals
 from .settings import Costs, Settings
 from .store import dense
@@ -21,7 +22,7 @@ from .types import MINUTE, Account, BadData, Decision, Fill, Intent, MarketRules
 
 # %% auto #0
 __all__ = ['Tape', 'tape', 'Payment', 'Step', 'fold', 'settlements', 'work', 'accounts', 'no_grammar', 'vectorbt_accounts',
-           'Result', 'costs_of', 'backtest', 'result_of', 'agree', 'tally', 'parity']
+           'Result', 'costs_of', 'backtest', 'result_of', 'agree', 'tally', 'Difference', 'Parity', 'parity', 'replay']
 
 # %% ../nbs/33_backtest.ipynb #74eed4e5
 @dataclass(frozen=True)
@@ -232,37 +233,68 @@ def tally(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
     low, high = intervals(days, s.run.seed)['sharpe'] if len(days) > 1 else (math.nan, math.nan)
     return Result(t.times, mine, equity, cash * (t.close / t.open[0]).mean(1), tuple(steps), {**told, 'sharpe_low': low, 'sharpe_high': high, **costs_of(fills, t, paid)})
 
-# %% ../nbs/33_backtest.ipynb #684e34a3
+# %% ../nbs/33_backtest.ipynb #4b9e13d1
+class Difference(NamedTuple):
+    "At the decision of `time` (ms) the journal holds something else than was computed again; `kind`: a key of `Parity.compared`; `why`: what explains it, empty when nothing does."
+    time: int
+    symbol: str
+    kind: str
+    text: str
+    why: str = ''
+
+    def __str__(self) -> str: return f'{self.time} {self.symbol}: {self.text}'
+
+@dataclass
+class Parity:
+    "How many values of each kind were `compared`, and those that were `found` to differ."
+    compared: Counter[str] = field(default_factory=Counter)
+    found: list[Difference] = field(default_factory=list)
+
+    @property
+    def share(self) -> float: return 1 - len(self.found) / max(1, self.compared.total())
+
+    def look(self, kind: str, time: int, symbol: str, same: bool, text: str) -> None:
+        self.compared[kind] += 1
+        if not same: self.found.append(Difference(time, symbol, kind, text))
+
+    def decision(self, d: Mapping[str, Any], snap: Snapshot, decision: Decision, p: Panel, rtol: float) -> None:
+        "Features, predictions, prices and targets of the journal's row `d` against those that were made again."
+        time, seen = d['time'], d['inputs']['snapshot']
+        row_of = {p.symbols[p.group[i]]: i for i in np.flatnonzero(p.times == time)}
+        for symbol, x in d['inputs']['features'].items():
+            live, made = np.array([math.nan if v is None else v for v in x]), p.X[row_of[symbol]]
+            apart = ~np.isclose(live, made, rtol=rtol, atol=1e-12, equal_nan=True)
+            self.compared['features'] += len(live)
+            self.found += [Difference(time, symbol, 'features', f'feature {p.names[i]}: {live[i]!r} live, {made[i]!r} again') for i in np.flatnonzero(apart)]
+        for symbol, signal in seen['signals'].items():
+            mine = snap.signals[symbol]
+            same = math.isclose(signal['prob'], mine.prob, rel_tol=rtol) and signal['side'] == mine.side
+            self.look('predictions', time, symbol, same, f'prediction {signal["prob"]} {signal["side"]} live, {mine.prob} {mine.side} again')
+        for what, live_map, my_map in (('price', seen['prices'], snap.prices), ('sigma', seen['sigma'], snap.sigma), ('target', d['decision']['targets'], decision.targets)):
+            for k, v in live_map.items(): self.look('decisions', time, k, math.isclose(v, my_map.get(k, math.nan), rel_tol=rtol, abs_tol=1e-12), f'{what}: {v} live, {my_map.get(k)} again')
+
+    def fills(self, time: int, live: Iterable[Mapping[str, Any]], again: Iterable[Fill], rtol: float) -> None:
+        "What the orders of the decision at `time` got."
+        here, there, symbols = _sums(as_dict(f) for f in again), _sums(live), {f.client_id: f.symbol for f in again} | {f['client_id']: f['symbol'] for f in live}
+        for k in sorted(there.keys() | here.keys()):
+            if k in there and k in here: self.look('fills', time, symbols[k], np.allclose(there[k], here[k], rtol=rtol, atol=0), f'fill {k}: {there[k]} live, {here[k]} again')
+            else: self.look('fills', time, symbols[k], False, f'order {k}: {"live" if k in there else "again"} only')
+
 def parity(decisions: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]], p: Panel, signals: Sequence[Signal], t: Tape,
         rules: Mapping[str, MarketRules], s: Settings, rtol: float = 1e-9) -> list[str]:
-    """The differences between a session (rows of the journal's decisions and fills) and its recomputation, one line each; empty when they agree.
+    """The differences between a session (rows of the journal's decisions and fills) and its recomputation from its first decision to its last, one line each; empty when they agree.
 
     `p` and `signals`: the panel's rows and predictions at the times of the decisions.
     """
-    found: list[str] = []
-    steps = {x.snapshot.time: x for x in fold(p, signals, t, rules, s, Account(s.risk.capital))}
-    row_of = {(p.symbols[g], int(time)): i for i, (g, time) in enumerate(zip(p.group, p.times, strict=True))}
-    filled: dict[str, list[Mapping[str, Any]]] = {}
-    for f in fills: filled.setdefault(f['client_id'], []).append(f['body'])
+    told, steps = Parity(), {x.snapshot.time: x for x in fold(p, signals, t, rules, s, Account(s.risk.capital))}
     for d in decisions:
-        time, seen = d['time'], d['inputs']['snapshot']
-        if time not in steps: found.append(f'{time}: the store cannot make this decision again'); continue
+        time, cash = d['time'], d['inputs']['snapshot']['account']['cash']
+        if time not in steps: told.look('decisions', time, '', False, 'the store cannot make this decision again'); continue
         again = steps[time]
-        for symbol, x in d['inputs']['features'].items():
-            live, made = np.array([math.nan if v is None else v for v in x]), p.X[row_of[symbol, time]]
-            apart = ~np.isclose(live, made, rtol=rtol, atol=1e-12, equal_nan=True)
-            found += [f'{time} {symbol}: feature {p.names[i]}: {live[i]!r} live, {made[i]!r} again' for i in np.flatnonzero(apart)]
-        for symbol, signal in seen['signals'].items():
-            mine = again.snapshot.signals[symbol]
-            if not math.isclose(signal['prob'], mine.prob, rel_tol=rtol) or signal['side'] != mine.side: found.append(f'{time} {symbol}: prediction {signal["prob"]} {signal["side"]} live, {mine.prob} {mine.side} again')
-        for what, live_map, my_map in (('price', seen['prices'], again.snapshot.prices), ('sigma', seen['sigma'], again.snapshot.sigma), ('target', d['decision']['targets'], again.decision.targets)):
-            found += [f'{time} {k}: {what}: {v} live, {my_map.get(k)} again' for k, v in live_map.items() if not math.isclose(v, my_map.get(k, math.nan), rel_tol=rtol, abs_tol=1e-12)]
-        account = seen['account']
-        if not math.isclose(account['cash'], again.snapshot.account.cash, rel_tol=rtol, abs_tol=1e-6): found.append(f'{time}: cash {account["cash"]} live, {again.snapshot.account.cash} again')
-        here, live_fills = _sums(as_dict(f) for f in again.fills), _sums(f for v in filled.values() for f in v if time <= f['time'] < time + s.strategy.decision_every * MINUTE)
-        found += [f'{time}: order {k}: {"live" if k in live_fills else "again"} only' for k in live_fills.keys() ^ here.keys()]
-        found += [f'{time}: fill {k}: {live_fills[k]} live, {here[k]} again' for k in live_fills.keys() & here.keys() if not np.allclose(live_fills[k], here[k], rtol=rtol, atol=0)]
-    return found
+        told.decision(d, again.snapshot, again.decision, p, rtol)
+        told.look('account', time, '', math.isclose(cash, again.snapshot.account.cash, rel_tol=rtol, abs_tol=1e-6), f'cash {cash} live, {again.snapshot.account.cash} again')
+        told.fills(time, [f['body'] for f in fills if time <= f['body']['time'] < time + s.strategy.decision_every * MINUTE], again.fills, rtol)
+    return [str(x) for x in told.found]
 
 # %% ../nbs/33_backtest.ipynb #759c525c
 def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -272,3 +304,51 @@ def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
         amount, value = found.get(f['client_id'], (0.0, 0.0))
         found[f['client_id']] = amount + f['amount'], value + f['amount'] * f['price']
     return found
+
+# %% ../nbs/33_backtest.ipynb #30a1d978
+def replay(decisions: Sequence[Mapping[str, Any]], intents: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]] | None, p: Panel, signals: Sequence[Signal], t: Tape,
+        rules: Mapping[str, MarketRules], s: Settings, before: Mapping[str, Any] | None = None, rtol: float = 1e-9) -> Parity:
+    """Decisions that were made one after the other by the settings `s`, each made again; `before`: the row of the one before the first.
+
+    `intents`, `fills`: rows of the journal. Fills of a venue are the venue's: with None for them neither fills nor accounts are compared.
+    """
+    told, rows, every = Parity(), dict[int, list[int]](), s.strategy.decision_every * MINUTE
+    for i, time in enumerate(p.times.tolist()): rows.setdefault(time, []).append(i)
+    terms, state = {x: terms_of(s, rules[x]) for x in t.symbols}, _state(before)
+    for d, following in zip(decisions, [*decisions[1:], None], strict=True):
+        time, inputs, account, was = d['time'], d['inputs'], Account(**d['inputs']['snapshot']['account']), state
+        state = _state(d)
+        if len(rows.get(time, ())) < len(p.symbols): told.look('decisions', time, '', False, 'the store cannot make this decision again'); continue
+        snap = snapshot(p, rows[time], [replace(signals[i], side='flat') if signals[i].symbol in inputs.get('blind', ()) else signals[i] for i in rows[time]], account, s)
+        after, decision = decide(was, snap, s)
+        told.decision(d, snap, decision, p, rtol)
+        mine, its = after.to_json(), d['state']
+        for k in its: told.look('decisions', time, '', _alike(its[k], mine[k], rtol), f'state {k}: {its[k]} live, {mine[k]} again')
+        planned = [i for i in plan(decision, account, snap.prices, rules, s) if i.symbol not in inputs.get('busy', ())]
+        meant = {i['client_id']: i['body'] for i in intents if i['time'] == time and i['client_id'] == client_id('main', s.live.stage, i['body']['symbol'], time)}
+        _orders(told, time, meant, {i.client_id: i for i in planned}, rtol)
+        if fills is None: continue
+        got = list[Fill]()
+        end = work(planned, account, t, t.at(time), min(t.at(time) + every // MINUTE, len(t.times)), terms, [], got, [])
+        told.fills(time, [f['body'] for f in fills if f['client_id'] in meant], got, rtol)
+        if following is None: continue
+        began, ended = following['inputs']['snapshot']['account'], as_dict(end)
+        told.look('account', time, '', _alike(began, ended, rtol), f'account until the next decision: {began} live, {ended} again')
+    return told
+
+def _state(d: Mapping[str, Any] | None) -> State: return State.from_json(d['state']) if d else State()
+
+def _orders(told: Parity, time: int, meant: Mapping[str, Mapping[str, Any]], planned: Mapping[str, Intent], rtol: float) -> None:
+    "First orders of a decision. The price at which one rests at a venue follows from the quotes of its moment and is not compared."
+    for k in sorted(meant.keys() | planned.keys()):
+        live, mine = meant.get(k), planned.get(k)
+        symbol = live['symbol'] if live else mine.symbol if mine else ''
+        same = live is not None and mine is not None and (live['side'], live['kind']) == (mine.side, mine.kind) and math.isclose(live['amount'], mine.amount, rel_tol=rtol)
+        here, there = f'{mine.side} {mine.amount}' if mine else 'none', f'{live["side"]} {live["amount"]}' if live else 'none'
+        told.look('orders', time, symbol, same, f'order {k}: {there} live, {here} again')
+
+def _alike(a: Any, b: Any, rtol: float) -> bool:
+    "Whether two JSON values are the same, numbers within `rtol`; a position of nothing is none."
+    if isinstance(a, Mapping) and isinstance(b, Mapping): return all(_alike(a.get(k, 0), b.get(k, 0), rtol) for k in a.keys() | b.keys())
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)): return math.isclose(a, b, rel_tol=rtol, abs_tol=1e-9)
+    return bool(a == b)

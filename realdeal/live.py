@@ -231,7 +231,10 @@ class Runner:
             await self.reconciler.open()
             await self.reconciler.check()
         self.journal.note('started', f'stage {self.s.live.stage}, model {self.predictor.model_hash}, code {self.session.code}', now)
-        keep_session(self.journal, self.session)
+        # With what it ran, for whoever makes its decisions again.
+        self.journal.put_fact('setup', {'store': self.store.key.model_dump(), 'stage': self.s.live.stage, 'rules': as_dict(self.rules)})
+        self.journal.put_fact('settings', {**(self.journal.fact('settings') or {}), self.s.hash: self.s.model_dump(mode='json', exclude={'home', 'paths', 'project'})})
+        self.keep()
 
     def pin(self) -> None:
         "Journal which model speaks from now on."
@@ -251,7 +254,12 @@ class Runner:
         self.caught = 0      # it may read farther back
         self.pin()
         self.session = session_of(self.s, new.model_hash, self.orders)
+        self.keep()
+
+    def keep(self) -> None:
+        "Journal how far the session has come, and how fast this process was."
         keep_session(self.journal, self.session)
+        self.journal.put_fact('latency', {k: v.quantiles() for k, v in self.took.items()})
 
     async def catch_up(self, end: int) -> None:
         "Bring everything that a decision at `end` reads, and its drift, into the store; what was asked for once is not asked for again."
@@ -308,7 +316,7 @@ class Runner:
             await self.guard()
         if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
         self.memory.forget(self.venue.clock.now() - 2 * DAY)
-        keep_session(self.journal, self.session)
+        self.keep()
 
     async def renew_rules(self) -> None:
         "Take the venue's steps, minima and permissions as they are now."
@@ -335,9 +343,10 @@ class Runner:
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
         state, decision = decide(self.memory.state, snap, self.s)
         # What an order in flight will do to the position is not known yet: its symbol waits, and so does one that is halted.
-        busy = {o.intent.symbol for o in self.memory.pending.values()} | self.desk.halts.keys()
+        busy = {**{o.intent.symbol: f'order {k} is {o.status.value}' for k, o in self.memory.pending.items()}, **{x: f'halted: {why}' for x, why in self.desk.halts.items()}}
         intents = [self.quoted(i) for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
-        inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()}, **({'blind': blind} if blind else {}))
+        inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()},
+            made=self.venue.clock.now(), **{k: v for k, v in (('blind', blind), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
         self.reached('decided')
         with self.journal.transaction():
             self.journal.add_decision(at, inputs, decision, state.to_json())
@@ -380,7 +389,7 @@ class Runner:
         await self.follower.settle()
         self.forecaster.close()
         self.store.compact()
-        keep_session(self.journal, self.session)
+        self.keep()
         return {**figures(self.journal, self.every), 'latency_ms': {k: {'n': len(v.last), **v.quantiles()} for k, v in self.took.items()}, 'ledger': self.follower.ledger()}
 
 def _equity_of(d: Mapping[str, Any]) -> float:
