@@ -305,25 +305,25 @@ def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
         found[f['client_id']] = amount + f['amount'], value + f['amount'] * f['price']
     return found
 
-# %% ../nbs/33_backtest.ipynb #30a1d978
+# %% ../nbs/33_backtest.ipynb #e912686a
 def replay(decisions: Sequence[Mapping[str, Any]], intents: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]] | None, p: Panel, signals: Sequence[Signal], t: Tape,
-        rules: Mapping[str, MarketRules], s: Settings, before: Mapping[str, Any] | None = None, rtol: float = 1e-9) -> Parity:
-    """Decisions that were made one after the other by the settings `s`, each made again; `before`: the row of the one before the first.
+        rules: Mapping[str, MarketRules], s: Settings, before: Mapping[str, Any] | None = None, after: Mapping[str, Any] | None = None, rtol: float = 1e-9) -> Parity:
+    """Decisions that were made one after the other by the settings `s`, each made again; `before`, `after`: the rows of the one before the first and of the one after the last, where there are any.
 
     `intents`, `fills`: rows of the journal. Fills of a venue are the venue's: with None for them neither fills nor accounts are compared.
     """
     told, rows, every = Parity(), dict[int, list[int]](), s.strategy.decision_every * MINUTE
     for i, time in enumerate(p.times.tolist()): rows.setdefault(time, []).append(i)
     terms, state = {x: terms_of(s, rules[x]) for x in t.symbols}, _state(before)
-    for d, following in zip(decisions, [*decisions[1:], None], strict=True):
+    if before is None and fills is not None: _account(told, decisions[0]['time'], decisions[0], Account(s.risk.capital), rtol)
+    for d, following in zip(decisions, [*decisions[1:], after], strict=True):
         time, inputs, account, was = d['time'], d['inputs'], Account(**d['inputs']['snapshot']['account']), state
         state = _state(d)
         if len(rows.get(time, ())) < len(p.symbols): told.look('decisions', time, '', False, 'the store cannot make this decision again'); continue
         snap = snapshot(p, rows[time], [replace(signals[i], side='flat') if signals[i].symbol in inputs.get('blind', ()) else signals[i] for i in rows[time]], account, s)
-        after, decision = decide(was, snap, s)
+        mine, decision = decide(was, snap, s)
         told.decision(d, snap, decision, p, rtol)
-        mine, its = after.to_json(), d['state']
-        for k in its: told.look('decisions', time, '', _alike(its[k], mine[k], rtol), f'state {k}: {its[k]} live, {mine[k]} again')
+        for k, v in mine.to_json().items(): told.look('decisions', time, '', _alike(d['state'].get(k), v, rtol), f'state {k}: {d["state"].get(k)} live, {v} again')
         planned = [i for i in plan(decision, account, snap.prices, rules, s) if i.symbol not in inputs.get('busy', ())]
         meant = {i['client_id']: i['body'] for i in intents if i['time'] == time and i['client_id'] == client_id('main', s.live.stage, i['body']['symbol'], time)}
         _orders(told, time, meant, {i.client_id: i for i in planned}, rtol)
@@ -331,10 +331,13 @@ def replay(decisions: Sequence[Mapping[str, Any]], intents: Sequence[Mapping[str
         got = list[Fill]()
         end = work(planned, account, t, t.at(time), min(t.at(time) + every // MINUTE, len(t.times)), terms, [], got, [])
         told.fills(time, [f['body'] for f in fills if f['client_id'] in meant], got, rtol)
-        if following is None: continue
-        began, ended = following['inputs']['snapshot']['account'], as_dict(end)
-        told.look('account', time, '', _alike(began, ended, rtol), f'account until the next decision: {began} live, {ended} again')
+        if following: _account(told, time, following, end, rtol)
     return told
+
+def _account(told: Parity, time: int, d: Mapping[str, Any], account: Account, rtol: float) -> None:
+    "The account with which the decision of the row `d` began, and what those before it make of it."
+    live, mine = d['inputs']['snapshot']['account'], as_dict(account)
+    told.look('account', time, '', _alike(live, mine, rtol), f'account at {d["time"]}: {live} live, {mine} again')
 
 def _state(d: Mapping[str, Any] | None) -> State: return State.from_json(d['state']) if d else State()
 

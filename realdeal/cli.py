@@ -218,13 +218,22 @@ def backtest(source: SourceOf = 'recorded', days: Days = None, market: Market = 
     figures = judge(_job(config, source, days, market=market, test_days=test_days, reserve_days=reserve_days), quotes)
     _say(json.dumps(figures, indent=1) if as_json else '\n'.join(f'{k}: {v:.4g}' for k, v in figures.items()))
 
-@app.command(epilog='Example: [bold]realdeal report --symbol BTC/USDT --days 90[/]')
-def report(source: SourceOf = 'recorded', symbol: Annotated[str | None, typer.Option(help='One symbol; default: the portfolio, all symbols, and the cards.')] = None,
+@app.command(epilog='Example: [bold]realdeal report --symbol BTC/USDT --days 90[/], or, of what a runner did, [bold]realdeal report --session[/]')
+def report(name: Annotated[str, typer.Argument(help='With --session: which journal; default: the newest.')] = '', session: Annotated[bool, typer.Option('--session', help='Draw the session of a journal instead: orders, incidents, and its parity with the store.')] = False,
+        source: SourceOf = 'recorded', symbol: Annotated[str | None, typer.Option(help='One symbol; default: the portfolio, all symbols, and the cards.')] = None,
         days: Annotated[int, typer.Option(min=2, help='The last days of the reserve that are shown.')] = 90, candles: Annotated[int | None, typer.Option(help='Days of candles of the job; default: as for `realdeal run`.')] = None,
-        market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, quotes: Quotes = None, config: Config = None) -> None:
-    "Backtest what is not saved yet, and draw pages and cards by papermill."
+        market: Market = 'realistic', test_days: TestDays = None, reserve_days: ReserveDays = None, quotes: Quotes = None, config: Config = None, as_json: Json = False) -> None:
+    "Backtest what is not saved yet, and draw pages and cards by papermill. With --session: exit code 1 unless it could be made again."
     from realdeal.results import report as made
+    if session: return _session(read_settings(config), name, as_json)
+    if name or as_json: raise BadSetting(f'{name or "--json"}: with --session only')
     for path in made(_job(config, source, candles, market=market, test_days=test_days, reserve_days=reserve_days), [symbol] if symbol else None, days, quotes): _say(os.path.relpath(path))
+
+def _session(s: Settings, name: str, as_json: bool) -> None:
+    from realdeal.results import report_session
+    told, page = report_session(s, name, _note if as_json else _say)
+    _say(json.dumps({'page': os.path.relpath(page), **{k: told[k] for k in ('name', 'verdict', 'lights', 'parity')}}, indent=1) if as_json else told['verdict'].replace('**', ''))
+    if any(title == 'Parity' and status != 'met' for title, _, status, *_ in told['lights']): raise typer.Exit(1)
 
 @app.command(epilog='Example: [bold]realdeal kpi --gate --json[/]. The gate ends with exit code 1 when it is red.')
 def kpi(source: SourceOf = 'recorded', gate: Annotated[bool, typer.Option('--gate', help='Compute the pinned backtests anew and compare them with the committed baseline.')] = False,

@@ -6,35 +6,42 @@
 from __future__ import annotations
 import json, math, os, time, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, UTC
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 import numpy as np, polars as pl
 from . import cards, pages
-from .backtest import Result, agree, backtest, fold, parity, tally, tape
+from .backtest import Difference, Parity, Result, Tape, agree, backtest, costs_of, fold, parity, replay, tally, tape
 from .champions import hash_of, model_folder
+from .decide import State, decide
+from .desk import LATCH, journals_of
 from .emulator import SIMULATED_START, read_recorded
 from .ensemble import EnsemblePredictor, load_predictor
 from .features import STEP, WARMUP_MINUTES, Panel, panel
 from .labels import forward_return
+from .live import figures, history, reach, restless
 from .market import Candles, generate
-from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, provenance_of, read_panel, readings, report_span, warmup_days
-from .provenance import Provenance, day, sha256, utc
+from .orders import plan
+from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, origin_of, provenance_of, read_panel, readings, report_span, warmup_days
+from .provenance import Places, Provenance, day, guard_place, places, sha256, utc
 from .scores import accuracy_line, direction_score
 from .sensitivity import inquire, refold
 from .settings import Settings
-from .store import Journal, read_quotes, write_atomic
+from .store import Journal, Store, StoreKey, read_quotes, write_atomic
 from .training import WALK, score_cards, training
-from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, MarketRules, Missing, RealdealError, Refused, Signal, Stop, slug
+from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, Fill, MarketRules, Missing, Order, OrderStatus, RealdealError, Refused, Signal, Stop, as_dict, slug
 
 # %% auto #0
-__all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'beside', 'only', 'Case', 'save_all',
-           'champion', 'stem_of', 'key_of', 'is_fresh', 'quotes_of', 'quotes_hash', 'measure', 'funding_of',
-           'measure_walk', 'prediction_ms', 'check_parity', 'session_file', 'paper_key', 'judge', 'page_of', 'Sheet',
-           'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint', 'pinned_embedded', 'pinned_recorded', 'frame_of',
-           'read_baseline', 'fallen', 'pinned', 'gate', 'accept']
+__all__ = ['REPORT', 'PORTFOLIO', 'ENGINE', 'Speaker', 'BASELINE', 'FALL', 'GATED', 'PERPETUAL', 'MANY', 'beside', 'only', 'Case',
+           'save_all', 'champion', 'stem_of', 'key_of', 'is_fresh', 'quotes_of', 'quotes_hash', 'measure', 'funding_of',
+           'measure_walk', 'prediction_ms', 'speaker', 'speakers', 'said_again', 'check_parity', 'session_file',
+           'paper_key', 'judge', 'page_of', 'Sheet', 'draw_walk', 'draw', 'report', 'Pinned', 'fingerprint',
+           'pinned_embedded', 'pinned_recorded', 'frame_of', 'read_baseline', 'fallen', 'pinned', 'gate', 'accept',
+           'Lived', 'read_session', 'find_journal', 'replayed', 'explained', 'session_lights', 'lost_minutes',
+           'tell_session', 'equity_of', 'report_session', 'example_session']
 
 # %% ../nbs/46_results.ipynb #25611cc3
 @contextmanager
@@ -193,22 +200,40 @@ def prediction_ms(predictor: EnsemblePredictor, p: Panel, rounds: int = 200) -> 
         took.append((time.perf_counter() - began) * 1000)
     return float(np.quantile(took, 0.95))
 
+Speaker = tuple[str, bool]      # the hash of a model, and whether a coin overruled it
+
+def speaker(d: Mapping[str, Any]) -> Speaker: return d['inputs']['model'], bool(d['inputs'].get('drill'))
+
+def speakers(decisions: Sequence[Mapping[str, Any]], s: Settings, *where: Places) -> dict[Speaker, EnsemblePredictor]:
+    "Who made the decisions, from champions and archives of `where`."
+    found = dict[Speaker, EnsemblePredictor]()
+    for model, drill in dict.fromkeys(map(speaker, decisions)):
+        one = load_predictor(_folder_of(model, where), s)
+        found[model, drill] = restless(one) if drill else one
+    return found
+
+def _folder_of(model: str, where: Sequence[Places]) -> Path:
+    for x in where[:-1]:
+        with suppress(Missing): return model_folder(x, model)
+    return model_folder(where[-1], model)
+
+def said_again(decisions: Sequence[Mapping[str, Any]], by: Mapping[Speaker, EnsemblePredictor], p: Panel) -> tuple[Panel, list[Signal]]:
+    "The panel's rows at the times of `decisions`, and what each one's speaker says of them."
+    at = np.flatnonzero(np.isin(p.times, [d['time'] for d in decisions]))
+    said, who = {k: x.predict(p, at) for k, x in by.items()}, {d['time']: speaker(d) for d in decisions}
+    return p.rows(at), [said[who[int(p.times[r])]][i] for i, r in enumerate(at)]
+
 def check_parity(job: Job, session: Path, rules: Mapping[str, MarketRules]) -> list[str]:
     "The differences between a journalled session and its recomputation from the store, each decision by the model that made it."
     journal = Journal(session)
     try: decisions, fills = journal.rows('decisions', 'time'), journal.rows('fills')
     finally: journal.close()
     if not decisions: raise Missing(f'{session}: no decision was journalled')
-    times, models = [d['time'] for d in decisions], list(dict.fromkeys(d['inputs']['model'] for d in decisions))
-    predictors = [load_predictor(model_folder(job.places, m), job.s) for m in models]
-    p = read_panel(job, times[0] - max(x.drift_rows for x in predictors) * STEP, times[-1], 'reserve', 'parity of the paper session', models[-1])
+    times, by = [d['time'] for d in decisions], speakers(decisions, job.s, job.places)
+    p = read_panel(job, times[0] - max(x.drift_rows for x in by.values()) * STEP, times[-1], 'reserve', 'parity of the paper session', decisions[-1]['inputs']['model'])
     end = times[-1] + job.s.strategy.decision_every * MINUTE
     candles = {x: job.store.read(x, times[0] - WARMUP_MINUTES * MINUTE, end) for x in job.s.data.symbols}
-    at = np.flatnonzero(np.isin(p.times, times))
-    by = {d['time']: models.index(d['inputs']['model']) for d in decisions}
-    said = [x.predict(p, at) for x in predictors]
-    signals = [said[by[int(p.times[r])]][i] for i, r in enumerate(at)]
-    return parity(decisions, fills, p.rows(at), signals, tape(candles, times[0], end, job.s.costs), rules, job.s)
+    return parity(decisions, fills, *said_again(decisions, by, p), tape(candles, times[0], end, job.s.costs), rules, job.s)
 
 def _session(job: Job, rules: Mapping[str, MarketRules]) -> dict[str, Any]:
     "What the paper session showed, and whether it can be computed again; empty when there was none."
@@ -396,3 +421,175 @@ def accept(s: Settings, job: Job | None, why: str) -> dict[str, list[str]]:
     told = _against(s, now)
     write_atomic(s.reports_dir / BASELINE, json.dumps({**known, **{k: pages.plain(asdict(x)) for k, x in now.items()}, 'history': [*known.get('history', []), line]}, indent=1, allow_nan=False) + '\n')
     return told
+
+# %% ../nbs/46_results.ipynb #674319a1
+@dataclass(frozen=True)
+class Lived:
+    "What the journal at `path` holds of a session on `store`: rows of its tables, facts by name, orders, fills, its `figures`, and why it is killed now ('' when it is not). `s`: settings of today, but for the stage."
+    path: Path
+    s: Settings
+    store: Store
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    facts: Mapping[str, Any]
+    orders: Mapping[str, Order]
+    fills: Sequence[Fill]
+    figures: Mapping[str, Any]
+    killed: str
+
+    @property
+    def decisions(self) -> Sequence[Mapping[str, Any]]: return self.rows['decisions']
+    @property
+    def paper(self) -> bool: return self.s.live.stage == 'paper'
+    def settings(self, name: str) -> Settings:
+        "Those of hash `name`, as the runner had them."
+        return self.s.override(**{**self.facts['settings'][name], 'live': self.s.live.model_dump()})
+
+def read_session(s: Settings, path: Path) -> Lived:
+    "The session of a journal, all of one moment: its runner may be at work."
+    journal = Journal(path)
+    try:
+        with journal.transaction():
+            rows = {x: journal.rows(x, 'time' if x == 'decisions' else 'rowid') for x in ('decisions', 'intents', 'fills', 'incidents')}
+            facts: dict[str, Any] = {x['name']: x['body'] for x in journal.rows('facts')}
+            if not rows['decisions']: raise Missing(f'{path}: no decision was journalled')
+            if 'setup' not in facts: raise Missing(f'{path}: was written by an older runner, which did not say where it ran')
+            setup, last = facts['setup'], facts['settings'][rows['decisions'][-1]['inputs']['settings']]
+            return Lived(path, s.override(live={'stage': setup['stage']}), Store(places(s, setup['store']['source']).store, StoreKey(**setup['store'])), rows, facts, journal.orders(), journal.fills(),
+                figures(journal, last['strategy']['decision_every'] * MINUTE), journal.latch(LATCH) or '')
+    finally: journal.close()
+
+def find_journal(s: Settings, name: str = '') -> Path:
+    "The journal `name` of a runner of these settings, or of the paper session of a job; the newest one without a name."
+    known = {f.stem: f for f in (*places(s, 'recorded').data.glob('sessions/*.sqlite'), *places(s, 'simulated').data.glob('sessions/*.sqlite'), *journals_of(s))}
+    if not known: raise Missing('no runner has kept a journal here; start one with `realdeal live`')
+    if name and name not in known: raise Missing(f'--session {name}: no such journal; there are {", ".join(sorted(known))}')
+    def written(f: Path) -> float: return max(x.stat().st_mtime for x in (f, f.with_name(f'{f.name}-wal')) if x.exists())
+    return known[name] if name else max(known.values(), key=written)
+
+# %% ../nbs/46_results.ipynb #dfdc4a0b
+def replayed(x: Lived) -> Parity:
+    "The session made again from the store, each decision by the settings and the model that made it, and the differences with what explains them."
+    told, parts = Parity(), [(x.settings(name), list(rows)) for name, rows in groupby(x.decisions, key=lambda d: d['inputs']['settings'])]
+    for (s, rows), before, after in zip(parts, [None, *(p[-1] for _, p in parts)], [*(p[0] for _, p in parts[1:]), None], strict=False):
+        one = _again(x, s, rows, before, after)
+        told.compared.update(one.compared)
+        told.found += explained(x, s, rows, one.found)
+    return told
+
+def _again(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Parity:
+    times, by, every = [d['time'] for d in rows], speakers(rows, s, places(s, x.store.key.source), places(s, 'recorded')), s.strategy.decision_every * MINUTE
+    first = times[0] - max(y.drift_rows for y in by.values()) * STEP
+    candles, funding = history(x.store, s.data.symbols, first - WARMUP_MINUTES * MINUTE, times[-1] + every)
+    p = panel({k: c.filter(pl.col('time') < times[-1]) for k, c in candles.items()}, funding, times[-1], start=first)
+    rules = {k: MarketRules(**v) for k, v in x.facts['setup']['rules'].items()}
+    return replay(rows, x.rows['intents'], x.rows['fills'] if x.paper else None, *said_again(rows, by, p), tape(candles, times[0], times[-1] + every, s.costs), rules, s, before, after)
+
+def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: Sequence[Difference]) -> list[Difference]:
+    "`found` among the decisions `rows`, each with what explains it."
+    if not found: return []
+    every, at = s.strategy.decision_every * MINUTE, {d['time']: d for d in rows}
+    evidence = pl.concat([x.store.read_evidence(k, rows[0]['time'] - reach(0), rows[-1]['time'] + every).select('time', 'known', symbol=pl.lit(k)) for k in s.data.symbols])
+    def late(a: int, b: int, later: pl.Expr | int) -> str:
+        "A minute of [a, b) that was known later than that."
+        seen = evidence.filter((pl.col('time') >= a) & (pl.col('time') < b) & (pl.col('time') + MINUTE + pl.col('known') > later))
+        return '' if seen.is_empty() else f'{len(seen)} minutes became known later, such as {seen["symbol"][-1]} {utc(seen["time"][-1])} after {seen["known"][-1] / 1000:.1f} s'
+    def why(d: Difference) -> str:
+        inputs = at[d.time]['inputs']
+        if inputs.get('blind'): return f'blind: the last minutes of {", ".join(inputs["blind"])} were not known'
+        if told := late(d.time - reach(0), d.time, inputs['made']): return told
+        if d.kind not in ('fills', 'account'): return ''
+        over = [f'order {k} is {o.status.value}{o.reason and ": " + o.reason}' for k, o in x.orders.items() if o.intent.time == d.time and o.status not in (OrderStatus.FILLED, OrderStatus.CANCELED) and d.symbol in ('', o.intent.symbol)]
+        if over: return '; '.join(over)
+        kills = [i['text'] for i in x.rows['incidents'] if i['kind'] == 'killed' and d.time <= i['time'] < d.time + every]
+        if kills: return f'killed: {kills[0]}'
+        return late(d.time, d.time + every, pl.col('time') + MINUTE + s.data.close_grace_ms)
+    return [d._replace(why=why(d)) for d in found]
+
+# %% ../nbs/46_results.ipynb #2b29fc72
+MANY = 500      # rows of a table
+
+def session_lights(x: Lived, told: Parity | None, lost: Sequence[str], not_made: str = '') -> list[pages.Light]:
+    "What is good about a session and what is not. Uptime counts at a real venue only; the rest is about the machine."
+    f, kills = x.figures, x.facts.get('kills') or []
+    thrown = sum(i['kind'] == 'killed' for i in x.rows['incidents'])
+    def light(title: str, value: str, good: bool, *small: str) -> pages.Light: return title, value, 'met' if good else 'missed', 'good' if good else 'bad', small
+    up = cards.judge('uptime', f['uptime'], x.store.key.source)
+    bare = [d for d in told.found if not d.why] if told else []
+    again: pages.Light = ('Parity', '–', 'not measured', 'not measured', (not_made,)) if told is None else light('Parity', pages.show(told.share, 'fraction'), not bare and not lost,
+        f'{told.compared.total():,} values computed again', f'{len(told.found):,} differ, {len(bare):,} of them unexplained' if told.found else '', *lost[:1])
+    slow = max((k['stood'] - k['thrown'] for k in kills), default=0.0)
+    return [('Uptime', pages.show(f['uptime'], 'fraction'), up.status, up.status, (f'target {pages.show(up.target, "fraction")}', up.note)), light('Missed decisions', f'{f["missed"]}', f['missed'] == 0, f'{f["decisions"]} made'),
+        light('Failed orders', f'{f["failed_orders"]}', f['failed_orders'] == 0, f'{f["orders"]} orders', ', '.join(f'{v} {k}' for k, v in f['by_status'].items())),
+        light('Kills', f'{thrown}', not x.killed and len(kills) >= thrown, f'killed now: {x.killed}' if x.killed else '', f'{thrown - len(kills)} never stood down' if thrown > len(kills) else f'the slowest stood down after {slow:.1f} s' if kills else ''), again]
+
+def lost_minutes(x: Lived) -> list[str]:
+    "Minutes that the session read and the store does not hold any more, in words."
+    start, end = x.decisions[0]['time'] - WARMUP_MINUTES * MINUTE, x.decisions[-1]['time']
+    holes = [(k, a, b) for k in x.s.data.symbols for a, b in x.store.missing(k, start, end) if a > start]
+    return [f'the store holds no minute of {k} from {utc(a)} to {utc(b)}' for k, a, b in holes]
+
+def tell_session(x: Lived) -> dict[str, Any]:
+    "All that the page of a session shows, as JSON data."
+    s, f = x.settings(x.decisions[-1]['inputs']['settings']), x.figures
+    began, end = x.decisions[0]['time'], max(x.decisions[-1]['time'] + MINUTE, *(y.time // MINUTE * MINUTE + MINUTE for y in x.fills), 0)
+    candles = {k: x.store.read(k, began - WARMUP_MINUTES * MINUTE, end) for k in s.data.symbols}
+    t, capital, lost, failed, told = tape(candles, began, end, s.costs), x.facts['capital'], lost_minutes(x), '', None
+    try: told = replayed(x)
+    except RealdealError as e: failed = str(e).replace(f'{x.s.home}{os.sep}', '')
+    equity, lights = equity_of(x.fills, t, capital), session_lights(x, told, lost, failed)
+    low, red = equity / np.maximum(capital, np.maximum.accumulate(equity)) - 1, [y[0].lower() for y in lights if y[2] == 'missed']
+    minutes = pages.thin(pl.DataFrame({'time': t.times, 'equity': equity, 'low': low, **{f'close_{slug(k)}': t.close[:, j] for j, k in enumerate(t.symbols)}}), 4000)
+    models = list(dict.fromkeys(d['inputs']['model'] for d in x.decisions))
+    drill = sum(bool(d['inputs'].get('drill')) for d in x.decisions)
+    return pages.plain({'name': x.path.stem, 'stage': x.s.live.stage, 'symbols': t.symbols, 'capital': capital, 'origin': origin_of(s, x.store, s.data.symbols, began, end, model=models[-1]).model_dump(mode='json'),
+        'verdict': _verdict(x, equity, low, told, failed, red, drill), 'lights': lights, 'figures': f, 'minutes': minutes, 'costs': costs_of(x.fills, t), 'latency': x.facts.get('latency') or {}, 'kills': x.facts.get('kills') or [],
+        'fills': [as_dict(y) for y in x.fills], 'unfilled': [{**as_dict(o.intent), 'status': o.status.value, 'filled': o.filled, 'reason': o.reason} for o in x.orders.values() if o.status is not OrderStatus.FILLED],
+        'incidents': x.rows['incidents'], 'sessions': x.facts.get('sessions') or [], 'models': x.facts.get('models') or [], 'drill': drill,
+        'parity': {'compared': dict(told.compared) if told else {}, 'share': told.share if told else None, 'failed': failed, 'lost': lost, 'found': [d._asdict() for d in told.found] if told else []}})
+
+def equity_of(fills: Sequence[Fill], t: Tape, capital: float) -> np.ndarray:
+    "Cash and positions (n,) at the close of every minute of the tape, in quote, by what was filled, in whatever coin its fee was taken."
+    flow, held = np.zeros(len(t.times)), np.zeros(t.close.shape)
+    for f in fills:
+        i, j = max(0, t.at(f.time)), t.symbols.index(f.symbol)
+        flow[i] += f.cash
+        held[i, j] += f.position
+    return np.asarray(capital + flow.cumsum() + (held.cumsum(0) * t.close).sum(1))
+
+def _verdict(x: Lived, equity: np.ndarray, low: np.ndarray, told: Parity | None, failed: str, red: Sequence[str], drill: int) -> str:
+    f, key, bare = x.figures, x.store.key, sum(not d.why for d in told.found) if told else 0
+    what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.')
+    return (f'**{"Red: " + ", ".join(red) if red else "Nothing is red"}.** Stage {x.s.live.stage} at {key.venue} ({key.market}), {f["hours"]:.1f} hours: {f["decisions"]} decisions, {f["missed"]} missed; {f["orders"]} orders, {f["fills"]} fills. '
+        f'Equity went from {x.facts["capital"]:,.2f} to {equity[-1]:,.2f}, at most {-low.min():.1%} below its peak. {what}' + (f' A drill: a coin made {drill} of the decisions.' if drill else ''))
+
+def report_session(s: Settings, name: str = '', say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
+    "Make the session of a journal again, save what there is to tell of it, and draw it; what was told, and the page."
+    x = read_session(s, find_journal(s, name))
+    where, told = places(s, x.store.key.source), tell_session(x)
+    file = write_atomic(guard_place(where.data / 'sessions' / f'{x.path.stem}.json', x.store.key.source, s), json.dumps(told, allow_nan=False) + '\n')
+    page = pages.Report(s.home / s.project.nbs_path / 'reports' / 'session.ipynb', where.reports / 'sessions' / f'{x.path.stem}.html', {'session': str(file.resolve())}, s, x.store.key.source, f'{x.path.stem}: session', text=True)
+    return told, pages.execute_reports([page], say)[0]
+
+# %% ../nbs/46_results.ipynb #8bc8a643
+def example_session(folder: Path) -> Path:
+    "Make up a paper session in `folder`; the file that `nbs/reports/session.ipynb` shows."
+    s, start, days = Settings(home=folder), SIMULATED_START, 13
+    store = Store(places(s, 'simulated').store, StoreKey(source='simulated', venue='emulator', market='example'))
+    candles = {k: frame_of(c) for k, c in generate('realistic', s.data.symbols, start, days * 1440, s.run.seed).items()}
+    for k, c in candles.items(): store.write(k, c)
+    first, end, rng = start + 11 * DAY, start + days * DAY, np.random.default_rng(s.run.seed)
+    p = panel(candles, {}, end, start=first)
+    signals = [Signal(p.symbols[g], int(t), 0.6, ('long', 'flat')[rng.integers(2)] if t % (4 * HOUR) == 0 else 'flat', 0.2, 'a coin') for g, t in zip(p.group, p.times, strict=True)]
+    rules, state = {k: MarketRules(k, lot=1e-5, tick=0.01, min_notional=5.0) for k in candles}, State()
+    journal = Journal(store.key.journal(places(s, 'simulated').data, 'paper'))
+    for k, v in (('capital', s.risk.capital), ('setup', {'store': store.key.model_dump(), 'stage': 'paper', 'rules': rules}), ('settings', {s.hash: s.model_dump(mode='json', exclude={'home', 'paths', 'project'})})): journal.put_fact(k, v)
+    with journal.transaction():
+        for x in fold(p, signals, tape(candles, first, end, s.costs), rules, s, Account(s.risk.capital)):
+            time, (state, decision), filled = x.snapshot.time, decide(state, x.snapshot, s), {f.client_id for f in x.fills}
+            journal.add_decision(time, {'snapshot': x.snapshot, 'features': {}, 'model': 'none', 'settings': s.hash, 'made': time}, decision, state.to_json())
+            for i in plan(decision, x.snapshot.account, x.snapshot.prices, rules, s):
+                journal.add_intent(i)
+                journal.put_order(Order(i, OrderStatus.FILLED if i.client_id in filled else OrderStatus.CANCELED, filled=sum(f.amount for f in x.fills if f.client_id == i.client_id)))
+            for n, f in enumerate(x.fills): journal.add_fill(replace(f, trade_id=f'{f.client_id}-{n}'))
+    journal.close()
+    return write_atomic(folder / 'session.json', json.dumps(tell_session(read_session(s, journal.path))))

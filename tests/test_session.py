@@ -1,0 +1,221 @@
+"""A runner's session on the emulator, told from its journal and made again from its store; what was changed afterwards is found and named."""
+import asyncio, json, shutil, sqlite3, subprocess
+from dataclasses import replace
+from pathlib import Path
+import polars as pl, pytest
+from conftest import REPO, Demo, make_home, realdeal
+
+pytest.importorskip('papermill')
+from realdeal import pages
+from realdeal.desk import KILL, resume, throw
+from realdeal.emulator import SIMULATED_START, serve
+from realdeal.ensemble import load_predictor
+from realdeal.exchange import Clock, Exchange
+from realdeal.live import Runner, restless, run_steps
+from realdeal.market import funding, generate
+from realdeal.provenance import places
+from realdeal.results import find_journal, read_session, replayed, report_session, tell_session
+from realdeal.store import Journal, Store, StoreKey
+from realdeal.types import DAY, MINUTE, Missing, Refused, slug
+from realdeal.wire import client_options
+from test_reports import CHROMIUM, console
+
+SYMBOLS, DAYS = ('BTC/USDT', 'ETH/USDT'), 12
+NOW = SIMULATED_START + (DAYS - 1) * DAY
+KEY = StoreKey(source='simulated', venue='emulator', market='realistic-11')
+
+
+async def drill(s, minutes, every=lambda now: None, now=NOW, shaped=restless):
+    "A runner whose decisions a coin makes, with models, store and journal where the command would have them."
+    where = places(s, 'simulated')
+    histories, rates = generate('realistic', SYMBOLS, SIMULATED_START, DAYS * 1440, seed=11), {x: funding(x, SIMULATED_START, DAYS * 1440, seed=11) for x in SYMBOLS}
+    journal = Journal(KEY.journal(where.data, s.live.stage))
+    async with serve(histories=histories, funding=rates, now=now, seed=11) as e, Exchange(s, options=client_options(e.url), clock=Clock(rate=0)) as venue:
+        runner = Runner(s, venue, Store(where.store, KEY), journal, shaped(load_predictor(where.models, s)), lambda _: None)
+        await runner.start()
+        await run_steps(runner, e.url, asyncio.Event(), now + minutes * MINUTE, every)
+        await runner.finish()
+    journal.close()
+
+
+def home_of(demo: Demo, folder: Path, stage='paper', **more):
+    "Settings of a home of its own, with the demo's models."
+    home = make_home(folder)
+    shutil.copytree(demo.data / 'models', home / 'data' / 'demo' / 'models')
+    return demo.job.s.override(live={'stage': stage}, **more).model_copy(update={'home': home})
+
+
+@pytest.fixture(scope='module')
+def lived(demo: Demo, tmp_path_factory):
+    "Two hours on paper and as a testnet's."
+    made = {}
+    for stage in ('paper', 'testnet'):
+        made[stage] = home_of(demo, tmp_path_factory.mktemp(stage) / 'home', stage)
+        asyncio.run(drill(made[stage], 120))
+    return made
+
+
+@pytest.fixture(scope='module')
+def drawn(lived): return {k: report_session(s, say=lambda _: None) for k, s in lived.items()}
+
+
+def copy(s, folder):
+    "The same home, to be spoiled."
+    shutil.copytree(s.home, folder / 'spoiled', symlinks=True)
+    return s.model_copy(update={'home': folder / 'spoiled'})
+
+
+def told_of(s): return tell_session(read_session(s, find_journal(s)))
+def lights(told): return {title: status for title, _, status, *_ in told['lights']}
+def edit(s, table, where, change):
+    "Change the JSON column `body` or `inputs` of one row of the journal."
+    column = 'inputs' if table == 'decisions' else 'body'
+    with sqlite3.connect(find_journal(s)) as db:
+        row, text = db.execute(f'select rowid, {column} from {table} {where} limit 1').fetchone()
+        db.execute(f'update {table} set {column} = ? where rowid = ?', (json.dumps(change(json.loads(text))), row))
+    db.close()
+
+
+def test_a_paper_session_is_made_again(drawn) -> None:
+    told, _ = drawn['paper']
+    n = told['parity']['compared']
+    assert told['parity'] == {'compared': n, 'share': 1.0, 'failed': '', 'lost': [], 'found': []} and lights(told)['Parity'] == 'met'
+    assert n['features'] == 9 * 2 * 70 and n['predictions'] == 18 and n['account'] == 9 and n['orders'] == told['figures']['orders'] >= 3 and n['fills'] >= 3
+    assert told['drill'] == 9 and told['fills'] and told['latency']['decision']['p50'] > 0
+    assert lights(told) == {'Uptime': 'not measured', 'Missed decisions': 'met', 'Failed orders': 'met', 'Kills': 'met', 'Parity': 'met'}
+
+
+def test_a_venues_session_is_made_again_without_its_fills(drawn) -> None:
+    told, _ = drawn['testnet']
+    assert told['parity']['found'] == [] and set(told['parity']['compared']) == {'features', 'predictions', 'decisions', 'orders'}
+    assert told['parity']['compared']['orders'] >= 3 and told['fills'] and told['latency']['order']['p50'] > 0
+
+
+@pytest.mark.parametrize('stage', ['paper', 'testnet'])
+def test_the_page_stands_alone(lived, drawn, stage, tmp_path) -> None:
+    told, page = drawn[stage]
+    assert page == lived[stage].home / 'reports' / 'demo' / 'sessions' / f'simulated-emulator-realistic-11-{stage}.html'
+    html, text = page.read_text(), page.with_suffix('.md').read_text()
+    assert pages.check_offline(html, page.name) and html.index('SIMULATED') < html.index('Stage ') and 'Traceback' not in html and '<pre' not in html and str(lived[stage].home) not in html + text
+    assert text.startswith('# Session\n\n> **SIMULATED.**') and f'Stage {stage} at emulator' in text and 'A drill: a coin made 9 of the decisions' in text
+    for r in told['fills']: assert f'| {r["amount"]:.8g} | {r["price"]:,.8g} | {r["fee"]:.6f} | {r["liquidity"]} | {r["client_id"]} |' in text
+    for k, n in told['parity']['compared'].items(): assert f'| {k} | {n:,} | 0 | 0 |' in text
+    for r in told['sessions']: assert f'| {r["code"]} | {r["settings"]} | {r["model"]} |' in text
+    for i in told['incidents']: assert f'| {i["kind"]} |' in text
+    if CHROMIUM is None: return
+    said, dom = console(page, tmp_path / 'profile', '--dump-dom')
+    assert said == [] and 'data-drawn="yes"' in dom and dom.count('main-svg') > 1
+
+
+def test_settings_of_today_change_nothing(lived) -> None:
+    other = lived['paper'].override(costs={'taker_fee': 0.01}, strategy={'target_vol': 0.5, 'max_weight': 0.1})
+    assert told_of(other)['parity']['share'] == 1.0
+
+
+def test_a_feature_moved_by_a_hair_is_named(lived, tmp_path) -> None:
+    s = copy(lived['testnet'], tmp_path)
+    def nudge(x):
+        x['features']['ETH/USDT'][next(i for i, v in enumerate(x['features']['ETH/USDT']) if v)] *= 1 + 1e-7
+        return x
+    edit(s, 'decisions', f'where time = {NOW + 60 * MINUTE}', nudge)
+    told = told_of(s)
+    [d] = told['parity']['found']
+    assert (d['time'], d['symbol'], d['kind'], d['why']) == (NOW + 60 * MINUTE, 'ETH/USDT', 'features', '') and 'feature ' in d['text']
+    assert lights(told)['Parity'] == 'missed' and told['verdict'].startswith('**Red: parity.**') and '1 are **unexplained**' in told['verdict']
+
+
+def test_a_fill_that_was_changed_is_named(lived, tmp_path) -> None:
+    s = copy(lived['paper'], tmp_path)
+    def dearer(x): return {**x, 'price': x['price'] * 1.0001}
+    edit(s, 'fills', 'order by time', dearer)
+    told = told_of(s)
+    [d] = told['parity']['found']
+    assert d['kind'] == 'fills' and not d['why'] and lights(told)['Parity'] == 'missed'
+
+
+def test_a_candle_that_is_gone_is_named(lived, tmp_path) -> None:
+    s = copy(lived['paper'], tmp_path)
+    gone, found = NOW + 31 * MINUTE, 0
+    for f in (places(s, 'simulated').store).rglob(f'candles/symbol={slug("BTC/USDT")}/*/*.parquet'):
+        df = pl.read_parquet(f, hive_partitioning=False)
+        df.filter(pl.col('time') != gone).write_parquet(f)
+        found += len(df.filter(pl.col('time') == gone))
+    assert found == 1
+    told = told_of(s)
+    assert told['parity']['lost'] == ['the store holds no minute of BTC/USDT from 2024-01-12 00:31 UTC to 2024-01-12 00:32 UTC'] and lights(told)['Parity'] == 'missed'
+    assert {d['time'] for d in told['parity']['found'] if d['kind'] == 'features'} == {NOW + k * 15 * MINUTE for k in range(3, 9)} and not any(d['why'] for d in told['parity']['found'])
+
+
+def test_an_order_that_vanished_and_a_decision_that_was_forged_are_named(lived, tmp_path) -> None:
+    s = copy(lived['testnet'], tmp_path)
+    with sqlite3.connect(find_journal(s)) as db:
+        name, time = db.execute('select client_id, time from intents order by rowid limit 1').fetchone()
+        for table in ('fills', 'orders', 'intents'): db.execute(f'delete from {table} where client_id = ?', (name,))
+    db.close()
+    [d] = told_of(s)['parity']['found']
+    assert (d['time'], d['kind'], d['why']) == (time, 'orders', '') and name in d['text'] and 'none live' in d['text']
+
+
+def test_a_model_that_is_gone_is_told_and_not_green(lived, tmp_path) -> None:
+    s = copy(lived['paper'], tmp_path)
+    shutil.rmtree(places(s, 'simulated').models)
+    told = told_of(s)
+    assert lights(told)['Parity'] == 'not measured' and 'no such model' in told['verdict'] and str(tmp_path) not in told['verdict']
+
+
+def test_a_kill_a_restart_and_what_was_not_known_explain_themselves(demo: Demo, tmp_path: Path) -> None:
+    """A switch thrown and resumed in the middle, a second life, and minutes that became known late: differences, and none without a reason."""
+    s = home_of(demo, tmp_path / 'home')
+    def switch(now):
+        if now == NOW + 22 * MINUTE: throw(s.data_dir / KILL, 'a drill')
+        if now == NOW + 50 * MINUTE: resume(s.data_dir / KILL, [KEY.journal(places(s, 'simulated').data, 'paper')], 'it was a drill')
+    asyncio.run(drill(s, 60, switch))
+    asyncio.run(drill(s, 45, now=NOW + 75 * MINUTE, shaped=lambda p: p))
+    x = read_session(s, find_journal(s))
+    told = tell_session(x)
+    held = {o.intent.client_id for o in x.orders.values() if o.status == 'held'}
+    assert held and told['parity']['found'] and all(d['why'] for d in told['parity']['found']) and lights(told)['Parity'] == 'met'
+    assert {k for k in held if any(k in d['text'] and k in d['why'] and 'killed: a drill' in d['why'] for d in told['parity']['found'] if d['kind'] == 'fills')} == held
+    assert told['drill'] == 5 and len(x.decisions) > 5 and len(told['sessions']) == 2 and lights(told)['Kills'] == 'met' and len(told['kills']) == 1
+    assert {'killed', 'stood down', 'resumed', 'held'} <= {i['kind'] for i in told['incidents']}
+    # A minute that was amended after its decision, as the evidence in the store says.
+    bar = Store(places(s, 'simulated').store, KEY).read('BTC/USDT', NOW + 40 * MINUTE, NOW + 41 * MINUTE)
+    file = next(f for f in places(s, 'simulated').store.rglob(f'evidence/symbol={slug("BTC/USDT")}/*/*.parquet'))
+    seen = pl.read_parquet(file, hive_partitioning=False)
+    x.store.write('BTC/USDT', bar.with_columns(volume=pl.col('volume') * 2))
+    before = replayed(x).found
+    assert [d for d in before if not d.why], 'nobody says that it was amended'
+    seen.with_columns(known=pl.when(pl.col('time') == NOW + 40 * MINUTE).then(90 * MINUTE).otherwise(pl.col('known'))).write_parquet(file)
+    after = replayed(x).found
+    assert len(after) == len(before) and any('became known later, such as BTC/USDT 2024-01-12 00:40 UTC after 5400.0 s' in d.why for d in after)
+    assert {d.time for d in after if not d.why} == {d['time'] for d in x.decisions if d['inputs']['made'] > NOW + 131 * MINUTE and any(y.time == d['time'] for y in after)}
+
+
+def test_blind_is_a_reason(lived) -> None:
+    s = lived['testnet']
+    x = read_session(s, find_journal(s))
+    d = x.decisions[4]
+    def wrong(inputs): return {**inputs, 'features': {k: [v and v * 1.01 for v in f] for k, f in inputs['features'].items()}}
+    bad = [*x.decisions[:4], {**d, 'inputs': wrong(d['inputs'])}, *x.decisions[5:]]
+    assert not any(y.why for y in replayed(replace(x, rows={**x.rows, 'decisions': bad})).found)
+    bad[4] = {**d, 'inputs': {**wrong(d['inputs']), 'blind': ['BTC/USDT']}}
+    again = replayed(replace(x, rows={**x.rows, 'decisions': bad})).found
+    assert again and all(y.why.startswith('blind: the last minutes of BTC/USDT') for y in again)
+
+
+def test_what_is_simulated_stays_in_its_place(drawn, lived) -> None:
+    s, file = lived['paper'], places(lived['paper'], 'simulated').data / 'sessions' / 'simulated-emulator-realistic-11-paper.json'
+    for source, out in (('simulated', s.reports_dir / 'sessions' / 'x.html'), ('recorded', s.reports_dir / 'sessions' / 'x.html')):
+        with pytest.raises(Refused): pages.execute_report(REPO / 'nbs' / 'reports' / 'session.ipynb', out, {'session': file}, s, source)
+    assert not (s.reports_dir / 'sessions').exists()
+    with pytest.raises(Missing, match='there are simulated-emulator-realistic-11-paper'): find_journal(s, 'other')
+
+
+def test_the_command_draws_the_demos_session(demo: Demo) -> None:
+    done = realdeal('report', '--session', '--json', home=demo.home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told['parity']['share'] == 1.0 and (demo.home / told['page']).is_file() and told['page'].startswith('reports/demo/sessions/')
+    done = realdeal('report', '--session', 'another', home=demo.home)
+    assert done.returncode == 66 and 'no such journal' in done.stderr
+    assert realdeal('report', 'another', home=demo.home).returncode == 78
