@@ -233,7 +233,7 @@ def tally(steps: Sequence[Step], t: Tape, s: Settings) -> Result:
     low, high = intervals(days, s.run.seed)['sharpe'] if len(days) > 1 else (math.nan, math.nan)
     return Result(t.times, mine, equity, cash * (t.close / t.open[0]).mean(1), tuple(steps), {**told, 'sharpe_low': low, 'sharpe_high': high, **costs_of(fills, t, paid)})
 
-# %% ../nbs/33_backtest.ipynb #4b9e13d1
+# %% ../nbs/33_backtest.ipynb #aa647a69
 class Difference(NamedTuple):
     "At the decision of `time` (ms) the journal holds something else than was computed again; `kind`: a key of `Parity.compared`; `why`: what explains it, empty when nothing does."
     time: int
@@ -265,7 +265,7 @@ class Parity:
             live, made = np.array([math.nan if v is None else v for v in x]), p.X[row_of[symbol]]
             apart = ~np.isclose(live, made, rtol=rtol, atol=1e-12, equal_nan=True)
             self.compared['features'] += len(live)
-            self.found += [Difference(time, symbol, 'features', f'feature {p.names[i]}: {live[i]!r} live, {made[i]!r} again') for i in np.flatnonzero(apart)]
+            self.found += [Difference(time, symbol, 'features', f'feature {p.names[i]}: {float(live[i])} live, {float(made[i])} again') for i in np.flatnonzero(apart)]
         for symbol, signal in seen['signals'].items():
             mine = snap.signals[symbol]
             same = math.isclose(signal['prob'], mine.prob, rel_tol=rtol) and signal['side'] == mine.side

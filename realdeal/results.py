@@ -466,7 +466,7 @@ def find_journal(s: Settings, name: str = '') -> Path:
     def written(f: Path) -> float: return max(x.stat().st_mtime for x in (f, f.with_name(f'{f.name}-wal')) if x.exists())
     return known[name] if name else max(known.values(), key=written)
 
-# %% ../nbs/46_results.ipynb #dfdc4a0b
+# %% ../nbs/46_results.ipynb #3116d580
 def replayed(x: Lived) -> Parity:
     "The session made again from the store, each decision by the settings and the model that made it, and the differences with what explains them."
     told, parts = Parity(), [(x.settings(name), list(rows)) for name, rows in groupby(x.decisions, key=lambda d: d['inputs']['settings'])]
@@ -495,9 +495,11 @@ def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: S
         return '' if seen.is_empty() else f'{len(seen)} minutes became known later, such as {seen["symbol"][-1]} {utc(seen["time"][-1])} after {seen["known"][-1] / 1000:.1f} s'
     def why(d: Difference) -> str:
         inputs = at[d.time]['inputs']
+        if d.kind in ('fills', 'account') and (told := worked(d)): return told
         if inputs.get('blind'): return f'blind: the last minutes of {", ".join(inputs["blind"])} were not known'
-        if told := late(d.time - reach(0), d.time, inputs['made']): return told
-        if d.kind not in ('fills', 'account'): return ''
+        return late(d.time - reach(0), d.time, inputs['made'])
+    def worked(d: Difference) -> str:
+        "What kept orders from what they would have got."
         over = [f'order {k} is {o.status.value}{o.reason and ": " + o.reason}' for k, o in x.orders.items() if o.intent.time == d.time and o.status not in (OrderStatus.FILLED, OrderStatus.CANCELED) and d.symbol in ('', o.intent.symbol)]
         if over: return '; '.join(over)
         kills = [i['text'] for i in x.rows['incidents'] if i['kind'] == 'killed' and d.time <= i['time'] < d.time + every]

@@ -1,5 +1,5 @@
 """A runner's session on the emulator, told from its journal and made again from its store; what was changed afterwards is found and named."""
-import asyncio, json, shutil, sqlite3, subprocess
+import asyncio, json, shutil, sqlite3
 from dataclasses import replace
 from pathlib import Path
 import polars as pl, pytest
@@ -164,19 +164,19 @@ def test_a_model_that_is_gone_is_told_and_not_green(lived, tmp_path) -> None:
 
 
 def test_a_kill_a_restart_and_what_was_not_known_explain_themselves(demo: Demo, tmp_path: Path) -> None:
-    """A switch thrown and resumed in the middle, a second life, and minutes that became known late: differences, and none without a reason."""
-    s = home_of(demo, tmp_path / 'home')
+    """A maker's switch thrown and resumed in the middle, a second life that begins late and without the coin, and minutes that became known late: differences, and none without a reason."""
+    s = home_of(demo, tmp_path / 'home', orders={'execution': 'maker', 'then': 'take'})
     def switch(now):
-        if now == NOW + 22 * MINUTE: throw(s.data_dir / KILL, 'a drill')
-        if now == NOW + 50 * MINUTE: resume(s.data_dir / KILL, [KEY.journal(places(s, 'simulated').data, 'paper')], 'it was a drill')
-    asyncio.run(drill(s, 60, switch))
-    asyncio.run(drill(s, 45, now=NOW + 75 * MINUTE, shaped=lambda p: p))
+        if now // MINUTE == NOW // MINUTE + 52: throw(s.data_dir / KILL, 'a drill')
+        if now // MINUTE == NOW // MINUTE + 80: resume(s.data_dir / KILL, [KEY.journal(places(s, 'simulated').data, 'paper')], 'it was a drill')
+    asyncio.run(drill(s, 100, switch))
+    asyncio.run(drill(s, 45, now=NOW + 115 * MINUTE, shaped=lambda p: p))
     x = read_session(s, find_journal(s))
     told = tell_session(x)
     held = {o.intent.client_id for o in x.orders.values() if o.status == 'held'}
     assert held and told['parity']['found'] and all(d['why'] for d in told['parity']['found']) and lights(told)['Parity'] == 'met'
     assert {k for k in held if any(k in d['text'] and k in d['why'] and 'killed: a drill' in d['why'] for d in told['parity']['found'] if d['kind'] == 'fills')} == held
-    assert told['drill'] == 5 and len(x.decisions) > 5 and len(told['sessions']) == 2 and lights(told)['Kills'] == 'met' and len(told['kills']) == 1
+    assert told['drill'] == 7 and [(d['time'] - NOW) // MINUTE for d in x.decisions] == list(range(0, 165, 15)) and told['parity']['compared']['fills'] > 2 and len(told['sessions']) == 2 and lights(told)['Kills'] == 'met' and len(told['kills']) == 1
     assert {'killed', 'stood down', 'resumed', 'held'} <= {i['kind'] for i in told['incidents']}
     # A minute that was amended after its decision, as the evidence in the store says.
     bar = Store(places(s, 'simulated').store, KEY).read('BTC/USDT', NOW + 40 * MINUTE, NOW + 41 * MINUTE)
