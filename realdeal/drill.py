@@ -224,7 +224,7 @@ class Drill:
             orders, fills = journal.orders(), journal.fills()
             times = [int(r['time']) for r in journal.rows('(select time from decisions)', 'time')]
             started = [r for r in journal.rows('incidents', 'wall') if r['kind'] == 'started']
-            incidents = Counter(r['kind'] for r in journal.rows('incidents', 'wall'))
+            incidents, latency = Counter(r['kind'] for r in journal.rows('incidents', 'wall')), journal.fact('latency') or {}
         finally: journal.close()
         every = self.s.strategy.decision_every * MINUTE
         first = -(-max(plan.begin, int(started[0]['time'])) // every) * every if started else plan.begin
@@ -235,7 +235,7 @@ class Drill:
         return {'passed': passed, 'stage': plan.stage, 'uptime': up.share, 'decisions_due': up.due, 'decisions_made': up.made, 'decisions_excluded': up.excluded, 'decisions_missed': [utc(t) for t in up.missed[:10]],
             **found._asdict(), 'orders': len(orders), 'by_status': dict(Counter(o.status.value for o in orders.values())), 'fills': len(fills), 'requests': books['requests'],
             'kills': self.kills, 'kill_ms': {'p99': float(np.percentile([k['latency_ms'] for k in self.kills], 99)), 'max': max(k['latency_ms'] for k in self.kills)} if self.kills else {},
-            'crashes': crashes, 'incidents': dict(incidents), 'faults': status['faults']['came'], 'bit': status['faults']['bit'], 'memory_mib': {k: round(x, 1) for k, x in self.rss.items()},
+            'latency_ms': latency, 'crashes': crashes, 'incidents': dict(incidents), 'faults': status['faults']['came'], 'bit': status['faults']['bit'], 'memory_mib': {k: round(x, 1) for k, x in self.rss.items()},
             'hours': plan.hours, 'speed': {'asked': plan.speed, 'reached': status['reached'], 'slowed': status['slowed']}, 'wall_s': round(wall, 1), 'seed': plan.seed, 'execution': plan.execution,
             'source': 'simulated', 'market': plan.market, 'commit': code_version(Path(__file__).parent)}
 
