@@ -102,7 +102,7 @@ class DrillPlan(Plan):
 
     def schedule(self) -> list[Planned]:
         def fits(p: Planned) -> Planned: return p._replace(seconds=round(p.seconds / self.speed, 3)) if FAULTS[p.name].side == 'process' else p
-        return [fits(p) for p in super().schedule() if p.name != 'kill']
+        return [fits(p) for p in super().schedule() if p.name != 'kill' and (p.name != 'skew' or self.speed <= 60)]
 
 def drill_settings(s: Settings, plan: DrillPlan, folder: Path) -> Path:
     "The user's settings for this drill: its stage, shorter times, no band, and limits that a coin does not reach."

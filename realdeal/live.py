@@ -342,8 +342,8 @@ class Runner:
         signals = [replace(g, side='flat', reason='blind: its last minutes are not known') if g.symbol in blind else g for g in signals]
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
         state, decision = decide(self.memory.state, snap, self.s)
-        # What an order in flight will do to the position is not known yet: its symbol waits, and so does one that is halted.
-        busy = {**{o.intent.symbol: f'order {k} is {o.status.value}' for k, o in self.memory.pending.items()}, **{x: f'halted: {why}' for x, why in self.desk.halts.items()}}
+        # What an order in flight will do to the position is not known yet: its symbol waits, and so does one that is halted, or blind unless it is to be closed.
+        busy = {**{o.intent.symbol: f'order {k} is {o.status.value}' for k, o in self.memory.pending.items()}, **{x: f'halted: {why}' for x, why in self.desk.halts.items()}, **{x: 'blind' for x in blind if decision.targets.get(x)}}
         intents = [self.quoted(i) for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
         inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()},
             made=self.venue.clock.now(), **{k: v for k, v in (('blind', blind), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
