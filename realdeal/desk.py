@@ -390,6 +390,7 @@ class Reconciler:
         "Take over what a human has explained."
         if (why := self.journal.fact('adopt')) is None: return
         opening, gaps = self.journal.fact('opening'), self._gaps(seen)
+        if any(self.suspected[coin] < SEEN - 1 for coin in gaps): return      # it may be a fill of ours on its way
         for coin, gap in gaps.items(): opening['adopted'][coin] = opening['adopted'].get(coin, 0.0) + gap
         opening['foreign'] = sorted({*opening['foreign'], *(i for ids in strange.values() for i in ids)})
         with self.journal.transaction():
@@ -400,7 +401,7 @@ class Reconciler:
         self.suspected.clear()
 
 def adopt(journals: Sequence[Path], why: str) -> list[Path]:
-    "Ask the runners of these journals, running or not, to take over at their next look what they found in the account; which ones are halted."
+    "Ask the runners of these journals, running or not, to take over what they found in the account, at their next look or when a difference was seen SEEN times; which ones are halted."
     if not why.strip(): raise Refused('adopt: say what it was; the reason is kept in the journal')
     asked = []
     for path in journals:
