@@ -971,3 +971,16 @@ def test_a_snapshot_is_of_one_time() -> None:
     told = snapshot(p, [1, 3], [Signal(BTC, t, 0.7, "long", 0.4)], Account(1000.0, {ETH: 2.0}), s)
     assert told.time == t and told.prices == {BTC: 2.0, ETH: 4.0} and told.sigma == {BTC: 0.04, ETH: 0.08} and list(told.signals) == [BTC] and told.equity == 1008
     with pytest.raises(BadData, match="rows of one time"): snapshot(p, [0, 3], [], Account(1000.0), s)
+
+
+async def test_an_order_is_over_when_its_fills_are_told(tmp_path: Path) -> None:
+    """The venue shows the order as filled and its deals not yet: it is asked about again."""
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        await asyncio.sleep(LAG)
+        for name in ("cancel_race", "lookup_lag"): lose(life, name)
+        await life.desk.end([order])
+        assert life.order(order.intent).status is OrderStatus.OPEN and not life.journal.fills()
+        await asyncio.sleep(LAG)
+        await life.desk.follow()
+        assert life.order(order.intent).status is OrderStatus.FILLED and life.memory.account.positions == {BTC: 0.01}
