@@ -250,6 +250,7 @@ class Emulator:
         self.ids = {slug(s): s for s in histories}
         self.clock = Clock(now, self.tape.end, speed, self._advance)
         self.hub, self.throttle = Hub(self.limits), Throttle(self.limits)
+        self.permissions = {'canTrade': True, 'canWithdraw': False}     # of every key
         self.listen_keys: dict[str, tuple[str, float]] = {}
         self.runner: web.AppRunner | None = None
         self.url = self.ws_url = ''
@@ -682,7 +683,7 @@ def spot_private(e: Emulator) -> dict[str, Endpoint]:
         return [deal_row(d) for d in reversed(found[-q.limit(100, 100):])]
     async def account(q: Query, key: str) -> object:
         rows = [{'asset': a, 'free': text(b.free), 'locked': text(b.locked)} for a, b in e.venue.ledger.account(key).items()]
-        return {'canTrade': True, 'canWithdraw': False, 'canDeposit': False, 'updateTime': None, 'accountType': 'SPOT', 'balances': rows, 'permissions': ['SPOT']}
+        return {**e.permissions, 'canDeposit': False, 'updateTime': None, 'accountType': 'SPOT', 'balances': rows, 'permissions': ['SPOT']}
     async def coins(q: Query, key: str) -> object:
         return [{'coin': c, 'name': c, 'networkList': []} for c in sorted({c for s in e.tape.histories for c in s.split('/')})]
 
