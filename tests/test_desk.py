@@ -407,8 +407,9 @@ class OrderPath(RuleBasedStateMachine):
         began = time.monotonic()
         while not await life.desk.stand_down():
             assert time.monotonic() - began < 10, f"never stands down: {life.memory.pending}"
+            await life.look()
+            adopt([life.journal.path], "whoever it was")      # an order of unknown fate may wait for this
             await life.desk.follow()
-            await asyncio.sleep(0.02)
         for _ in range(SEEN): await life.look()
         for _ in range(2):
             adopt([life.journal.path], "whoever it was")
