@@ -96,7 +96,8 @@ class Switch:
 def resume(file: Path, journals: Sequence[Path], why: str) -> list[Path]:
     "Open the switch of every journal that was killed, and keep the reason. Refused without one."
     if not why.strip(): raise Refused('resume: say why; the reason is kept in the journal')
-    file.unlink(missing_ok=True)
+    try: file.unlink(missing_ok=True)
+    except OSError as e: raise Refused(f'{file}: cannot be removed: {e.strerror}; it stays killed') from None
     opened = []
     for path in journals:
         journal = Journal(path)

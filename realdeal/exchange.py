@@ -60,7 +60,7 @@ class Listener(Protocol):
     def lost(self, reason: str, detail: str = '', retry_after: float | None = None) -> None: "The connection is gone, or never came; seconds to wait, where the venue said so."; ...
 
 # What places an order, at the venues that are built.
-_PLACES = re.compile(r'/(order|order/create|trade/order)$')
+_PLACES = re.compile(r'/(order|order/create|trade/order|trade/batch-orders)$')
 
 class _Own:
     clock: Clock
@@ -249,11 +249,11 @@ class _Base(Opened):
                 # One request is told to wait, all wait.
                 if (left := self._banned_until - time.monotonic()) > 0: await asyncio.sleep(left)
                 try: return await call(*args, **kw)
-                except (TypeError, KeyError, ValueError, IndexError, AttributeError) as e: raise Retry(f'{self.client.id}: {what}: the body is garbled: {type(e).__name__} {str(e)[:80]}') from e
+                except (TypeError, KeyError, ValueError, IndexError, AttributeError) as e: raise Retry(f'{self.client.id}: {what}: the body is garbled: {type(e).__name__} {str(e)[:80]}') from None
                 except Exception as e:
                     error = sorted_error(e, f'{self.client.id}: {what}')
                     if isinstance(error, BackOff): self._banned_until = time.monotonic() + error.retry_after
-                    raise error from e
+                    raise error from None      # ccxt's own text holds the signed address
 
     async def sync_time(self) -> int:
         "Set the clock by the venue's; returns the skew in ms before it was set. More than 1 s of it (of wall time) is an alarm, and counted."
@@ -424,7 +424,12 @@ class Exchange(_Reads):
     async def fills_of(self, order: Order) -> list[Fill]:
         "The executions of `order`, each with the venue's trade id."
         i = order.intent
-        found = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id})
+        found = page = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id})
+        while len(page) == TRADES_OF_ACCOUNT:       # there may be older ones
+            page = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id, 'until': page[0].fill.time})
+            known = {t.fill.trade_id for t in found}
+            page = page if any(t.fill.trade_id not in known for t in page) else []
+            found = [*(t for t in page if t.fill.trade_id not in known), *found]
         return [replace(t.fill, client_id=i.client_id) for t in found if t.order == order.venue_id]
 
     async def account_trades(self, symbol: str, since: int, only: Mapping[str, Any] | None = None) -> list[VenueTrade]:

@@ -161,7 +161,7 @@ class Runner:
         self.memory, self.session = remember(journal, s.risk.capital), session_of(s, predictor.model_hash, self.orders)
         self.rules: dict[str, MarketRules] = {}
         self.switch = Switch(kill_file(s), journal, venue.clock.now)
-        broker = open_broker(self.orders, self._paper, lambda: {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()}, s, self.session, s.data_dir)
+        broker = open_broker(self.orders, self._paper, self._known, s, self.session, s.data_dir)
         self.desk = Desk(journal, broker, self.memory, self.switch, s, now=venue.clock.now, standing=self.standing, rules=self.rules, say=say, alarm=alarm, calm=0.0 if self.stepped or self.orders is None else 1.0, reached=reached)
         self.reconciler = Reconciler(self.orders, self.desk) if self.orders else None
         if self.orders: self.orders.client.gate = self.desk.gate
@@ -175,6 +175,10 @@ class Runner:
 
     @property
     def predictor(self) -> EnsemblePredictor: return self.forecaster.predictor
+
+    def _known(self) -> set[str | None]:
+        "The venue's ids of our orders, and of foreign ones that a human took over."
+        return {o.venue_id for by in (self.memory.pending, self.memory.over) for o in by.values()} | set((self.journal.fact('opening') or {}).get('foreign', ()))
 
     def _paper(self) -> PaperBroker:
         return PaperBroker(self.bar_at, self.store.read, lambda x: terms_of(self.s, self.rules[x]), lambda time: self.memory.account.cash - sum(f.cash for f in self.journal.fills(after=time)), self.journal.fills, self.s)

@@ -389,7 +389,7 @@ _TABLES = '''
     create table if not exists decisions (time integer primary key, inputs text not null, decision text not null, state text not null);
     create table if not exists intents (client_id text primary key, time integer not null, body text not null);
     create table if not exists orders (client_id text primary key references intents, status text not null, body text not null);
-    create table if not exists fills (trade_id text primary key, client_id text not null, time integer not null, body text not null);
+    create table if not exists fills (trade_id text not null, client_id text not null, time integer not null, body text not null, primary key (trade_id, client_id));      -- venues number trades by symbol
     create table if not exists latches (name text primary key, reason text not null, time integer not null);
     create table if not exists incidents (time integer not null, wall real not null, kind text not null, symbol text not null, text text not null);
     create index if not exists fills_by_order on fills (client_id);

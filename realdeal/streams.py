@@ -5,7 +5,7 @@ queue that knows what it could not hold."""
 
 # %% ../nbs/12_streams.ipynb #9047b918
 from __future__ import annotations
-import asyncio, contextlib, itertools, random, time
+import asyncio, contextlib, itertools, random, re, time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,7 +186,7 @@ class Link:
         except BaseException as e:
             await c.close()
             if isinstance(e, RealdealError) or not isinstance(e, Exception): raise
-            raise Retry(f'stream: {type(e).__name__}: {str(e)[:80]}') from e
+            raise Retry(f'stream: {type(e).__name__}: ' + re.sub(r'\?[^\s"]*', '?...', str(e))[:80]) from None
         return c
 
     async def _lost(self, reason: str) -> float:

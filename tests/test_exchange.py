@@ -222,3 +222,20 @@ async def test_testnets(venue: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert made.is_sandbox and made.client.apiKey == "test key" and made.client.isSandboxModeEnabled
         assert "test" in json.dumps(made.client.urls["api"]) or made.client.headers.get("x-simulated-trading") == "1" or made.client.options.get("sandboxMode")
     finally: await made.close()
+
+
+@pytest.mark.parametrize(("venue", "path", "api"), [("mexc", "order", ["spot", "private"]), ("binance", "order", ["private"]), ("bybit", "v5/order/create", ["private"]), ("okx", "trade/batch-orders", ["private"]), ("okx", "trade/order", ["private"])])
+async def test_the_gate_knows_what_places_an_order(venue: str, path: str, api: list[str]) -> None:
+    """The addresses that ccxt sends orders to, as it makes them itself."""
+    made = Exchange(Settings(), options={"apiKey": "k", "secret": "s", "password": "p"}, venue=venue)
+    try: assert exchange._PLACES.search(made.client.sign(path, api, "POST", {"a": 1})["url"].partition("?")[0])
+    finally: await made.close()
+
+
+async def test_an_order_of_many_executions_is_told_whole() -> None:
+    async with opened() as (venue, e):
+        low = round(float(e.venue.books["BTC/USDT"].last) * 0.9, 2)
+        order = await venue.submit(Intent("many", "BTC/USDT", "buy", 0.05, NOW, "limit", low))
+        for k in range(230): e.venue._fill(e.venue.orders[str(order.venue_id)], Decimal(str(low)), Decimal("0.0001"), NOW - 1000 + k * 4, is_maker=True)
+        fills = await venue.fills_of(order)
+        assert len({f.trade_id for f in fills}) == len(fills) == 230
