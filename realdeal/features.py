@@ -357,18 +357,18 @@ class Window:
         self.cube = np.concatenate([cube, _base(cube)], axis=1)
         self.open = [f.filter(_c('time') >= self.end).rows() for f in full]           # by symbol: the minutes of the bar that is open
 
-    def append(self, symbol: str, bar: Bar) -> Panel | None:
-        "Take the next minute of `symbol`; the panel, when with it every symbol has closed a bar. BadData for a minute that is not new."
+    def append(self, symbol: str, bar: Bar, look: bool = True) -> Panel | None:
+        "Take the next minute of `symbol`; the panel, when with it every symbol has closed a bar and somebody wants to `look`. BadData for a minute that is not new."
         i = self._index(symbol)
         if bar.time < self.next[i]: raise BadData(f'{symbol}: minute {bar.time} is there already or comes late: the next is {self.next[i]}, and minutes come in order and once')
         self._flat(i, bar.time)
         self._take(i, bar.time, bar.open, bar.high, bar.low, bar.close, bar.volume, bar.origin)
-        return self._closed()
+        return self._closed(look)
 
-    def advance(self, end: int) -> Panel | None:
-        "Time went on to `end` (ms): minutes that did not come are flat; the panel, when that closed a bar."
+    def advance(self, end: int, look: bool = True) -> Panel | None:
+        "Time went on to `end` (ms): minutes that did not come are flat; the panel, when that closed a bar and somebody wants to `look`."
         for i in range(len(self.symbols)): self._flat(i, -(-end // MINUTE) * MINUTE)
-        return self._closed()
+        return self._closed(look)
 
     def settle(self, symbol: str, time: int, rate: float) -> None:
         "A funding rate settled at `time` (ms): the rows from then on know it."
@@ -393,7 +393,7 @@ class Window:
     def _flat(self, i: int, end: int) -> None:
         for t in range(self.next[i], end, MINUTE): self._take(i, t, *[self.last[i]] * 4, 0.0, 'synthetic')
 
-    def _closed(self) -> Panel | None:
+    def _closed(self, look: bool) -> Panel | None:
         n = (min(self.next) - self.end) // STEP * _MINUTES
         if n <= 0: return None
         times, cube = _cube(_bars(pl.DataFrame([row for rows in self.open for row in rows[:n]], schema=CANDLES, orient='row')), len(self.open))
@@ -402,4 +402,4 @@ class Window:
         self.times, self.cube = np.concatenate([self.times, times])[-self.keep:], np.concatenate([self.cube, new], axis=2)[:, :, -self.keep:]
         self.open = [rows[n:] for rows in self.open]
         self.end += n * MINUTE
-        return self.panel()
+        return self.panel() if look else None

@@ -73,25 +73,32 @@ class Rolling:
         self.mark: Mark | None = None
         self.waiting = dict[str, pl.DataFrame]()
         self.rates = dict[str, int]()        # by symbol: the newest settlement that the window knows (ms)
+        self.coming = dict[str, tuple[tuple[int, int, int], list[tuple[int, float]]]]()      # by symbol: the mark of its rates on disk, and those that the window does not know yet
         self.built = 0                       # how often everything was read
 
     def panel(self, time: int) -> Panel:
         "The rows until `time` (ms, on the grid), which never goes back."
+        window = self.follow(time)
+        for x in self.symbols: self._settle(window, x, time)
+        window.advance(time, look=False)
+        return window.panel()
+
+    def follow(self, time: int) -> Window:
+        "Take the news of minutes before `time` (ms) from the store; who does so every minute has little to do when the panel is wanted."
         start = time - reach(self.rows)
         mark, news = self.store.news(self.symbols, start, time, self.mark)
         if self.window is None or news is None or not self._take(self.window, news, time): self._build(start, time)
         self.mark = mark
         assert self.window is not None
-        for x in self.symbols: self._settle(self.window, x, time)
-        self.window.advance(time)
-        return self.window.panel()
+        return self.window
 
     def _take(self, w: Window, news: Mapping[str, pl.DataFrame], time: int) -> bool:
         "Append the news; False when one of them is not new to the window. What is from later than `time` waits."
         if any(not c.is_empty() and c['time'][0] < due for c, due in zip(news.values(), w.next, strict=True)): return False
         for x, c in news.items():
+            if c.is_empty() and self.waiting[x].is_empty(): continue
             bars = pl.concat([self.waiting[x], c]).unique('time', keep='last').sort('time')
-            for row in bars.filter(pl.col('time') < time).iter_rows(): w.append(x, Bar(*row))
+            for row in bars.filter(pl.col('time') < time).iter_rows(): w.append(x, Bar(*row), look=False)
             self.waiting[x] = bars.filter(pl.col('time') >= time)
         return True
 
@@ -100,11 +107,15 @@ class Rolling:
         candles, funding = history(self.store, self.symbols, start, time)
         self.window, self.built = Window(candles, funding, time, self.rows + 1), self.built + 1
         self.rates = {x: int(f['time'][-1]) if len(f) else 0 for x, f in funding.items()}
+        self.coming.clear()
 
     def _settle(self, w: Window, symbol: str, time: int) -> None:
-        for at, rate in self.store.read_funding(symbol, max(self.rates[symbol] + 1, time - FUNDING_WINDOW), time + 1).iter_rows():
+        mark, coming = self.coming.get(symbol, ((-1, 0, 0), []))
+        if (now := self.store.funding_mark(symbol)) != mark: coming = list(self.store.read_funding(symbol, max(self.rates[symbol] + 1, time - FUNDING_WINDOW), 2 ** 62).iter_rows())
+        for at, rate in [x for x in coming if x[0] <= time]:
             w.settle(symbol, at, rate)
             self.rates[symbol] = at
+        self.coming[symbol] = now, [x for x in coming if x[0] > time]
 
 # %% ../nbs/41_live.ipynb #71952364
 class Forecaster:
@@ -118,6 +129,10 @@ class Forecaster:
         "From now on `predictor`; its drift is not judged yet."
         self.predictor, self.stability, self.judged = predictor, UNKNOWN, ('', 0)      # the drift of which model and midnight (ms)
         self.rolling = Rolling(self.store, self.symbols, predictor.history_rows)
+
+    async def follow(self, time: int) -> None:
+        "Take in what became known of minutes before `time` (ms), so that the look at it has little left to do."
+        await asyncio.get_running_loop().run_in_executor(self._pool, self.rolling.follow, time)
 
     async def at(self, time: int, texts: Texts | None = None) -> Look:
         "The look at `time` (ms). Retry when too many ask."
@@ -319,6 +334,7 @@ class Runner:
             throw(kill_file(self.s), f'equity {equity:,.2f} is {1 - equity / peak:.1%} below its peak: [risk] kill_drawdown')
             await self.guard()
         if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
+        if not self.stepped and self.forecaster.rolling.window: await self.forecaster.follow(self.due)
         self.memory.forget(self.venue.clock.now() - 2 * DAY)
         self.keep()
 

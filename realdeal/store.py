@@ -314,6 +314,12 @@ class Store:
             old = [pl.read_parquet(path, hive_partitioning=False)] if path.exists() else []
             write_parquet(path, pl.concat([*old, df.select(pl.col('time').cast(pl.Int64), pl.col('rate').cast(pl.Float64))]).unique('time', keep='last').sort('time'))
 
+    def funding_mark(self, symbol: str) -> tuple[int, int, int]:
+        "Changes when the funding rates of `symbol` on disk do."
+        try: at = (self._dir('funding', symbol) / 'month=all' / 'funding.parquet').stat()
+        except FileNotFoundError: return 0, 0, 0
+        return at.st_ino, at.st_size, at.st_mtime_ns
+
     def read_funding(self, symbol: str, start: int, end: int) -> pl.DataFrame:
         "Funding rates settled in start <= time < end: columns time and rate."
         return self._query('funding', symbol, start, end, {'time': pl.Int64, 'rate': pl.Float64})
