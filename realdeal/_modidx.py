@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.desk.Desk._submit': ('desk.html#desk._submit', 'realdeal/desk.py'),
                                'realdeal.desk.Desk._tell': ('desk.html#desk._tell', 'realdeal/desk.py'),
                                'realdeal.desk.Desk._trust': ('desk.html#desk._trust', 'realdeal/desk.py'),
+                               'realdeal.desk.Desk._worth': ('desk.html#desk._worth', 'realdeal/desk.py'),
                                'realdeal.desk.Desk.apply': ('desk.html#desk.apply', 'realdeal/desk.py'),
                                'realdeal.desk.Desk.end': ('desk.html#desk.end', 'realdeal/desk.py'),
                                'realdeal.desk.Desk.follow': ('desk.html#desk.follow', 'realdeal/desk.py'),

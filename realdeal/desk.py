@@ -276,18 +276,23 @@ class Desk:
         "After a kill: cancel what is open, and see at the venue that it is; sell what is held where that was asked for. True when it is done."
         told = self.switch.order()
         await self.end([o for o in self.memory.pending.values() if o.status is OrderStatus.OPEN and o.intent.client_id not in self.closing])
-        if told.get('flatten'): await self._flatten()
-        return not self.memory.pending
+        if not told.get('flatten'): return not self.memory.pending
+        await self._flatten()
+        return not self.memory.pending and not any(self._worth(x, held) for x, held in self.memory.account.positions.items())
+
+    def _worth(self, symbol: str, held: float) -> bool:
+        "Whether what is held is enough for an order; without a price it may be."
+        at, rules = self.standing(symbol), self.rules[symbol]
+        amount = round_down(abs(held), rules.lot)
+        return amount > 0 and (at.mark is None or amount * at.mark >= rules.min_notional)
 
     async def _flatten(self) -> None:
         minute = self.now() // MINUTE * MINUTE
         for symbol, held in self.memory.account.positions.items():
-            at, rules = self.standing(symbol), self.rules[symbol]
-            amount = round_down(abs(held), rules.lot)
-            if at.mark is None or amount * at.mark < rules.min_notional or any(o.intent.symbol == symbol for o in self.memory.pending.values()): continue
+            if not self._worth(symbol, held) or self.standing(symbol).mark is None or not self.rules[symbol].active or any(o.intent.symbol == symbol for o in self.memory.pending.values()): continue
             name = client_id('main', self.s.live.stage, symbol, minute, 1)
             if self.memory.order(name): continue
-            closing = Intent(name, symbol, 'sell' if held > 0 else 'buy', amount, minute)
+            closing = Intent(name, symbol, 'sell' if held > 0 else 'buy', round_down(abs(held), self.rules[symbol].lot), minute)
             self.closing.add(name)
             self.journal.add_intent(closing)
             await self.send(closing)

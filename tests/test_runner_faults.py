@@ -1,0 +1,66 @@
+"""What ends a runner, or holds it up, that should not: read from its code by somebody who did not trust it."""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ccxt
+import pytest
+from conftest import REPO
+from test_binance import BINANCE
+from test_desk import BTC, ETH, KEY, MONEY, NOW, SYMBOLS, Life, alive, calm, emulator, lose, quick, settings_in, strange, tick  # noqa: F401
+
+from realdeal.desk import SEEN, adopt, kill_file, throw
+from realdeal.emulator import Emulator
+from realdeal.ensemble import load_predictor
+from realdeal.exchange import Clock, Exchange
+from realdeal.live import Runner, run_clock
+from realdeal.store import Journal, Store, StoreKey
+from realdeal.types import DAY, MINUTE, Order, OrderStatus, Refused, Rejected, Retry
+from realdeal.wire import client_options
+
+
+@asynccontextmanager
+async def runner(folder: Path, e: Emulator, rate: float = 0, orders: Exchange | None = None, **more: Any) -> AsyncIterator[Runner]:
+    """The real runner with the committed champion on an emulator of this process, not started."""
+    s = settings_in(folder, **more)
+    store, journal = Store(folder / "store", StoreKey(source="simulated", venue="emulator", market="realistic")), Journal(s.data_dir / "journals" / "journal.sqlite")
+    try:
+        async with Exchange(s, options=client_options(e.url), clock=Clock(rate)) as venue:
+            yield Runner(s, venue, store, journal, load_predictor(REPO / "data" / "models", s, ("recorded",)), lambda text: None, orders=orders)
+    finally: journal.close()
+
+
+# The kill switch
+
+async def test_flat_is_said_when_it_is_flat(tmp_path: Path) -> None:
+    """After a restart no price is known yet; what cannot be sold is held, not sold, and is sold when it can be."""
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        throw(kill_file(life.s), "a test", flatten=True)
+        known = life.desk.standing
+        life.desk.standing = lambda symbol: known(symbol)._replace(mark=None)
+        assert not await life.desk.stand_down() and life.memory.account.positions[BTC] > 0
+        life.desk.standing = known
+        lose(life, "poor")
+        assert not await life.desk.stand_down() and life.memory.account.positions[BTC] > 0, "the venue refused it"
+        await calm(life.e)
+        await tick(life)
+        assert await life.desk.stand_down() and life.memory.account.positions[BTC] == 0.0
+
+
+async def test_a_kill_that_sells_leaves_out_what_may_not_be_traded(tmp_path: Path) -> None:
+    async with alive(tmp_path) as life:
+        for symbol, amount in ((BTC, 0.01), (ETH, 0.05)): await life.send(symbol, "buy", amount)
+        await life.quiet()
+        market = life.venue.client.markets[BTC]
+        market["active"] = False
+        life.rules[BTC] = life.venue.rules(BTC)
+        throw(kill_file(life.s), "a test", flatten=True)
+        assert not await life.desk.stand_down(), "one of them is held still"
+        assert life.memory.account.positions[ETH] == 0.0 < life.memory.account.positions[BTC]
