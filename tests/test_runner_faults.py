@@ -4,7 +4,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from conftest import REPO
 from test_binance import BINANCE
 from test_desk import BTC, ETH, KEY, MONEY, NOW, SYMBOLS, Life, alive, calm, emulator, lose, quick, settings_in, strange, tick  # noqa: F401
 
-from realdeal.desk import SEEN, adopt, kill_file, throw
+from realdeal.desk import kill_file, throw
 from realdeal.emulator import Emulator
 from realdeal.ensemble import load_predictor
 from realdeal.exchange import Clock, Exchange
 from realdeal.live import Runner, run_clock
+from realdeal.settings import Settings
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, MINUTE, Order, OrderStatus, Refused, Rejected, Retry
+from realdeal.types import DAY, BadSetting, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
 from realdeal.wire import client_options
 
 
@@ -31,7 +31,7 @@ async def runner(folder: Path, e: Emulator, rate: float = 0, orders: Exchange | 
     store, journal = Store(folder / "store", StoreKey(source="simulated", venue="emulator", market="realistic")), Journal(s.data_dir / "journals" / "journal.sqlite")
     try:
         async with Exchange(s, options=client_options(e.url), clock=Clock(rate)) as venue:
-            yield Runner(s, venue, store, journal, load_predictor(REPO / "data" / "models", s, ("recorded",)), lambda text: None, orders=orders)
+            yield Runner(s, venue, store, journal, load_predictor(REPO / "data" / "models", settings_in(folder), ("recorded",)), lambda text: None, orders=orders)
     finally: journal.close()
 
 
@@ -64,3 +64,22 @@ async def test_a_kill_that_sells_leaves_out_what_may_not_be_traded(tmp_path: Pat
         throw(kill_file(life.s), "a test", flatten=True)
         assert not await life.desk.stand_down(), "one of them is held still"
         assert life.memory.account.positions[ETH] == 0.0 < life.memory.account.positions[BTC]
+
+
+# The runner
+
+async def rested(folder: Path, e: Emulator) -> str:
+    """A process dies while an order of it rests at the venue; its name."""
+    async with alive(folder, e) as life:
+        order = await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        life.journal.db.execute("delete from decisions")      # that of a test says nothing of the market
+        return order.intent.client_id
+
+
+async def test_what_a_human_took_over_answers_for_no_order(tmp_path: Path) -> None:
+    """A lost order waits while there are trades of somebody; once they are explained it never arrived."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        r.journal.put_fact("opening", {"time": NOW, "balances": {}, "foreign": ["7"], "adopted": {}})
+        assert "7" in r.desk.broker.known()
+
+
