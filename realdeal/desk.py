@@ -312,6 +312,7 @@ class Reconciler:
     def __init__(self, venue: Exchange, desk: Desk):
         self.venue, self.desk, self.journal, self.symbols = venue, desk, desk.journal, desk.s.data.symbols
         self.suspected: Counter[str] = Counter()
+        self.nameless: Counter[str] = Counter()      # venue ids of orders that may be ours, by how often they were seen
         self.checks = self.repaired = 0
 
     async def open(self) -> None:
@@ -353,12 +354,15 @@ class Reconciler:
         memory, found = self.desk.memory, dict[str, set[str]]()
         ours = {o.venue_id: name for by in (memory.pending, memory.over) for name, o in by.items() if o.venue_id}
         begun = int(self.journal.fact('opening')['time'])
+        # Binance tells no client id with a trade: it may be of an order whose answer is awaited, until that was asked about.
+        asked = {o.intent.symbol for o in memory.pending.values() if o.status in (OrderStatus.SENT, OrderStatus.UNKNOWN) and not o.venue_id}
+        self.nameless.update({t.order for x in asked for t in seen.trades[x] if not t.client_id and t.order not in ours})
         for symbol in self.symbols:
             missed = dict[str, list[Fill]]()
             for t in seen.trades[symbol]:
                 name = t.client_id if memory.order(t.client_id) else ours.get(t.order, '')
                 if name: missed.setdefault(name, []).append(replace(t.fill, client_id=name))
-                elif t.fill.time >= begun: found.setdefault(symbol, set()).add(t.order)
+                elif t.fill.time >= begun and not (symbol in asked and not t.client_id and self.nameless[t.order] < SEEN): found.setdefault(symbol, set()).add(t.order)
             there = {str(o['id']): str(o.get('clientOrderId') or ours.get(str(o['id']), '')) for o in seen.orders[symbol]}
             known = {n: i for i, n in there.items() if memory.order(n)}
             for name in {*missed, *known}: self._mend(name, missed.get(name, []), known.get(name))

@@ -66,6 +66,25 @@ async def test_a_kill_that_sells_leaves_out_what_may_not_be_traded(tmp_path: Pat
         assert life.memory.account.positions[ETH] == 0.0 < life.memory.account.positions[BTC]
 
 
+# The books
+
+async def test_our_own_trade_is_no_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binance tells no client id with a trade: while the answer to an order is lost, its trade belongs to no order that we know."""
+    async with alive(tmp_path) as life:
+        told = life.venue.account_trades
+        async def nameless(*args: Any) -> Any: return [t._replace(client_id="") for t in await told(*args)]
+        monkeypatch.setattr(life.venue, "account_trades", nameless)
+        lose(life, "lost_ack")
+        order = await life.send(BTC, "buy", 0.01)
+        assert order.status is OrderStatus.UNKNOWN and not order.venue_id
+        await calm(life.e)
+        assert await life.look() == [] and not life.desk.halts
+        await life.quiet()
+        assert life.order(order.intent).status is OrderStatus.FILLED and not life.desk.halts
+        other = await strange(life.e, BTC)
+        assert other in str(await life.look()), "a stranger's is one all the same"
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
