@@ -19,7 +19,7 @@ from .orders import Told, advance, client_id, possible, round_down
 from .risk import Breaker, Standing, may_send, objection
 from .settings import Settings
 from .store import Journal, write_atomic
-from .types import HOUR, MINUTE, Account, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Retry, settle
+from .types import DAY, HOUR, MINUTE, Account, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Rejected, Retry, settle
 
 # %% auto #0
 __all__ = ['KILL', 'LATCH', 'AGAIN', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'Switch', 'resume',
@@ -37,7 +37,8 @@ class Memory:
 
     def order(self, name: str) -> Order | None: return self.pending.get(name) or self.over.get(name)
     def forget(self, before: int) -> None:
-        "Let go of final orders of decisions before `before` (ms)."
+        "Let go of final orders of decisions before `before` (ms), but of none as old as one whose fate is open: trades are read from there on."
+        before = min([before, *(o.intent.time - DAY for o in self.pending.values())])
         for k in [k for k, o in self.over.items() if o.intent.time < before]: del self.over[k]
 
     def take(self, fill: Fill) -> None:

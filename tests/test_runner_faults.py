@@ -85,6 +85,19 @@ async def test_our_own_trade_is_no_strangers(tmp_path: Path, monkeypatch: pytest
         assert other in str(await life.look()), "a stranger's is one all the same"
 
 
+async def test_an_old_open_question_makes_no_stranger_of_us(tmp_path: Path) -> None:
+    """While the fate of an order is open, trades are read from its time on; orders that old are still known."""
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        await tick(life)
+        lose(life)
+        stuck = await life.send(ETH, "buy", 0.05)
+        assert stuck.status is OrderStatus.UNKNOWN
+        life.memory.forget(life.venue.clock.now() + 3 * DAY)
+        assert await life.look() == [] and not life.desk.halts
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
