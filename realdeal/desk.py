@@ -235,7 +235,7 @@ class Desk:
             if clock - self.asked.get(name, -1e9) < self.calm: continue
             self.asked[name] = clock
             try: told = await self.broker.poll(order)
-            except Retry as e: self.counts['not asked'] += 1; self.say(f'order {name} cannot be asked for now: {e}')
+            except (Retry, Rejected, BadSetting) as e: self.counts['not asked'] += 1; self.say(f'order {name} cannot be asked for now: {e}')
             else: self.reached('polled'); self.apply(order, told)
         self.asked = {k: v for k, v in self.asked.items() if k in self.memory.pending}
 

@@ -28,7 +28,7 @@ from .risk import Standing
 from .settings import Settings
 from .stages import keep_session, lock_account, open_broker, order_venue, session_of
 from .store import Journal, Mark, Store
-from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Retry, Signal, Snapshot, Stop, as_dict
+from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Rejected, Retry, Signal, Snapshot, Stop, as_dict
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
@@ -346,9 +346,9 @@ class Runner:
         await self.calmly('rules', anew)
 
     async def calmly(self, what: str, work: Callable[[], Awaitable[Any]]) -> None:
-        "Do `work`; what the venue does not answer is told, and asked again another time."
+        "Do `work`; what the venue does not answer, or refuses, is told, and asked again another time."
         try: await work()
-        except Retry as e: self.say(f'{what}: {e}')
+        except (Retry, Rejected, BadSetting) as e: self.say(f'{what}: {e}')
 
     async def step(self, at: int) -> None:
         "The decision of `at` (ms), journalled, and its orders."
@@ -395,7 +395,7 @@ class Runner:
         limit = None if self.stepped else max(0.2, 0.3 * self.every / 1000 / max(1.0, self.venue.clock.rate))
         try:
             async with asyncio.timeout(limit): await all_of_it()
-        except (Retry, TimeoutError) as e:
+        except (Retry, Rejected, BadSetting, TimeoutError) as e:
             self.say(f'{utc(at)}  not all that is missing could be asked for: {e or "no answer in time"}')
             await self.follower.flush()
 

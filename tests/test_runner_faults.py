@@ -98,6 +98,20 @@ async def test_an_old_open_question_makes_no_stranger_of_us(tmp_path: Path) -> N
         assert await life.look() == [] and not life.desk.halts
 
 
+# What the venue refuses or garbles ends no runner
+
+async def test_a_refused_look_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01)
+        def no(*args: Any, **kw: Any) -> None: raise ccxt.AuthenticationError("401 Unauthorized")
+        with monkeypatch.context() as m:
+            m.setattr(life.venue.client, "fetch_my_trades", no)
+            await life.desk.follow()
+        assert life.order(order.intent).status is OrderStatus.OPEN and "cannot be asked for now" in life.said[-1]
+        await life.quiet()
+        assert life.order(order.intent).status is OrderStatus.FILLED
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
@@ -113,5 +127,19 @@ async def test_what_a_human_took_over_answers_for_no_order(tmp_path: Path) -> No
     async with emulator() as e, runner(tmp_path, e) as r:
         r.journal.put_fact("opening", {"time": NOW, "balances": {}, "foreign": ["7"], "adopted": {}})
         assert "7" in r.desk.broker.known()
+
+
+@pytest.mark.parametrize("error", [Rejected("401"), BadSetting("the venue does not know this symbol")])
+async def test_what_the_venue_refuses_ends_no_runner(error: RealdealError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The books cannot be read, the rules not renewed, candles of a market that ended not asked for."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        await r.start()
+        async def no(*args: Any, **kw: Any) -> Any: raise error
+        monkeypatch.setattr(r.venue, "account_trades", no)
+        await r.calmly("reconcile", r.reconciler.check)
+        monkeypatch.setattr(r.venue, "reload", no)
+        await r.renew_rules()
+        monkeypatch.setattr(r.follower, "mend", no)
+        await r.gather(r.due)
 
 
