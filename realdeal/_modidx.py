@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.exchange.Clock.now': ('exchange.html#clock.now', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Clock.set': ('exchange.html#clock.set', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange': ('exchange.html#exchange', 'realdeal/exchange.py'),
+                                   'realdeal.exchange.Exchange._deals': ('exchange.html#exchange._deals', 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange._fetch_order': ( 'exchange.html#exchange._fetch_order',
                                                                                 'realdeal/exchange.py'),
                                    'realdeal.exchange.Exchange._fill': ('exchange.html#exchange._fill', 'realdeal/exchange.py'),

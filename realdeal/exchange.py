@@ -434,8 +434,15 @@ class Exchange(_Reads):
 
     async def account_trades(self, symbol: str, since: int, only: Mapping[str, Any] | None = None) -> list[VenueTrade]:
         "What was executed in the account since `since` (ms), at most the newest TRADES_OF_ACCOUNT, oldest first; a fee is told in quote too."
-        rows = await self._read(f'trades of {symbol}', self.client.fetch_my_trades, symbol, since, TRADES_OF_ACCOUNT, dict(only or {}), tries=ORDER_TRIES)
+        rows = await self._read(f'trades of {symbol}', self._deals, symbol, since, dict(only or {}), tries=ORDER_TRIES)
         return [VenueTrade(str(t['order']), str((t.get('info') or {}).get('clientOrderId') or ''), await self._fill(t)) for t in sorted(rows, key=lambda t: int(t['timestamp']))]
+
+    async def _deals(self, symbol: str, since: int | None, only: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = await self.client.fetch_my_trades(symbol, since, TRADES_OF_ACCOUNT, only)
+        for t in rows:
+            price(t['price']), amount(t['amount']), int(t['timestamp'])
+            if t['side'] not in ('buy', 'sell') or not (_is_id(t['id']) and _is_id(t['order'])): raise ValueError(f'a trade of no side or order: {t["id"]}')
+        return rows
 
     async def _fill(self, t: Mapping[str, Any]) -> Fill:
         fee, symbol = t.get('fee') or {}, str(t['symbol'])

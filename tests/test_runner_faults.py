@@ -112,6 +112,20 @@ async def test_a_refused_look_ends_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert life.order(order.intent).status is OrderStatus.FILLED
 
 
+@pytest.mark.parametrize("row", [{}, {"side": None}, {"amount": None}])
+async def test_a_garbled_trade_is_asked_for_again(row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with alive(tmp_path) as life:
+        order = await life.send(BTC, "buy", 0.01)
+        told = life.venue.client.fetch_my_trades
+        async def garbled(*args: Any) -> Any: return [{**t, **row} if row else dict.fromkeys(t) for t in await told(*args)]
+        with monkeypatch.context() as m:
+            m.setattr(life.venue.client, "fetch_my_trades", garbled)
+            await life.desk.follow()
+            with pytest.raises(Retry, match="garbled"): await life.look()
+        await life.quiet()
+        assert life.order(order.intent).status is OrderStatus.FILLED
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
