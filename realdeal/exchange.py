@@ -231,7 +231,11 @@ class _Base(Opened):
 
     async def reload(self) -> None:
         "Ask for the markets anew, and keep them in the cache."
+        known = self.client.markets or {}
         await self._read('load markets', self._load_markets)
+        # A market that ended is traded no more, but what was done there must still be asked for.
+        ended = [{**known[x], 'active': False} for x in self.settings.data.symbols if x in known and x not in self.client.markets]
+        if ended: self.client.set_markets([*self.client.markets.values(), *ended], self.client.currencies)
         if self.cache: write_atomic(self.cache, json.dumps({'time': time.time(), 'venue': self.client.id, 'markets': list(self.client.markets.values()), 'currencies': self.client.currencies}))
 
     async def _load_markets(self) -> None:

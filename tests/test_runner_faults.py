@@ -126,6 +126,18 @@ async def test_a_garbled_trade_is_asked_for_again(row: dict[str, Any], tmp_path:
         assert life.order(order.intent).status is OrderStatus.FILLED
 
 
+async def test_a_market_that_ended_is_known_still(tmp_path: Path) -> None:
+    """It is traded no more; what was done there can still be asked for, and the others go on."""
+    async with alive(tmp_path) as life:
+        await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        del life.e.venue.rules[BTC]
+        await life.venue.reload()
+        assert not life.venue.rules(BTC).active and life.venue.rules(ETH).active
+        await life.venue.reload()
+        assert not life.venue.rules(BTC).active
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
