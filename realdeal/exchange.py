@@ -487,6 +487,7 @@ class Exchange(_Reads):
         if self.client.id == 'binance' and not self.is_sandbox: told = await self._read('key', self.client.sapi_get_account_apirestrictions)
         else: told = (await self._read('key', self.client.fetch_balance)).get('info') or {}
         if told.get('canTrade') is False or told.get('enableSpotAndMarginTrading') is False: raise Refused(f'{self.client.id}: this key may not trade')
+        if self.is_sandbox: return ''      # there is no money, and Binance's says canWithdraw of every account
         if told.get('canWithdraw') or told.get('enableWithdrawals'): raise Refused(f'{self.client.id}: this key may withdraw: make one that only trades')
         return '' if 'canWithdraw' in told or 'enableWithdrawals' in told else f'{self.client.id} does not tell whether this key may withdraw: see to it that it may not'
 

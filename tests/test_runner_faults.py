@@ -138,6 +138,18 @@ async def test_a_market_that_ended_is_known_still(tmp_path: Path) -> None:
         assert not life.venue.rules(BTC).active
 
 
+# Binance
+
+async def test_a_testnets_key_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its account always says canWithdraw (github.com/JKorf/Binance.Net/issues/180), and there is no money."""
+    venue = Exchange(BINANCE, venue="binance", sandbox=True)
+    venue.client.apiKey = venue.client.secret = "x" * 20
+    async def balance() -> Any: return {"info": {"canTrade": True, "canWithdraw": True}}
+    monkeypatch.setattr(venue.client, "fetch_balance", balance)
+    assert await venue.check_key() == ""
+    await venue.close()
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
