@@ -428,15 +428,17 @@ class Exchange(_Reads):
     async def fills_of(self, order: Order) -> list[Fill]:
         "The executions of `order`, each with the venue's trade id."
         i = order.intent
-        found = page = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id})
-        while len(page) == TRADES_OF_ACCOUNT:       # there may be older ones
+        # Binance takes an order's id or a time, not both.
+        timed = self.client.id != 'binance'
+        found = page = await self.account_trades(i.symbol, i.time - HOUR if timed else None, {'orderId': order.venue_id})
+        while timed and len(page) == TRADES_OF_ACCOUNT:       # there may be older ones
             page = await self.account_trades(i.symbol, i.time - HOUR, {'orderId': order.venue_id, 'until': page[0].fill.time})
             known = {t.fill.trade_id for t in found}
             page = page if any(t.fill.trade_id not in known for t in page) else []
             found = [*(t for t in page if t.fill.trade_id not in known), *found]
         return [replace(t.fill, client_id=i.client_id) for t in found if t.order == order.venue_id]
 
-    async def account_trades(self, symbol: str, since: int, only: Mapping[str, Any] | None = None) -> list[VenueTrade]:
+    async def account_trades(self, symbol: str, since: int | None, only: Mapping[str, Any] | None = None) -> list[VenueTrade]:
         "What was executed in the account since `since` (ms), at most the newest TRADES_OF_ACCOUNT, oldest first; a fee is told in quote too."
         rows = await self._read(f'trades of {symbol}', self._deals, symbol, since, dict(only or {}), tries=ORDER_TRIES)
         return [VenueTrade(str(t['order']), str((t.get('info') or {}).get('clientOrderId') or ''), await self._fill(t)) for t in sorted(rows, key=lambda t: int(t['timestamp']))]

@@ -150,6 +150,17 @@ async def test_a_testnets_key_may_be_used(monkeypatch: pytest.MonkeyPatch) -> No
     await venue.close()
 
 
+async def test_an_orders_trades_are_asked_for_as_binance_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """orderId with startTime is refused: -1128, combination of optional parameters invalid."""
+    from realdeal.types import Intent
+    venue, asked = Exchange(BINANCE, venue="binance"), list[Any]()
+    async def trades(symbol: str, since: int | None, limit: int, only: Any) -> Any: asked.append((since, only)); return []
+    monkeypatch.setattr(venue.client, "fetch_my_trades", trades)
+    await venue.fills_of(Order(Intent("rd1", BTC, "buy", 0.01, NOW), OrderStatus.FILLED, "7", 0.01))
+    assert asked == [(None, {"orderId": "7"})]
+    await venue.close()
+
+
 # The runner
 
 async def rested(folder: Path, e: Emulator) -> str:
