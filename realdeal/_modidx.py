@@ -869,6 +869,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.live.Rolling.panel': ('live.html#rolling.panel', 'realdeal/live.py'),
                                'realdeal.live.Runner': ('live.html#runner', 'realdeal/live.py'),
                                'realdeal.live.Runner.__init__': ('live.html#runner.__init__', 'realdeal/live.py'),
+                               'realdeal.live.Runner._begin': ('live.html#runner._begin', 'realdeal/live.py'),
                                'realdeal.live.Runner._known': ('live.html#runner._known', 'realdeal/live.py'),
                                'realdeal.live.Runner._paper': ('live.html#runner._paper', 'realdeal/live.py'),
                                'realdeal.live.Runner.bar_at': ('live.html#runner.bar_at', 'realdeal/live.py'),

@@ -231,7 +231,18 @@ class Runner:
         self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
         last, now = self.memory.state.time, self.venue.clock.now()
         if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal')
+        # A venue that tells no candles may hold this up for hours: the switch is obeyed meanwhile.
+        ended = asyncio.Event()
+        guarding = asyncio.create_task(_every(ended, BEAT, self.guard))
+        try: await self._begin(last, now)
+        finally:
+            ended.set()
+            await guarding
+
+    async def _begin(self, last: int, now: int) -> None:
         if self.orders:
+            # What rests for a decision whose time is over waits for no candles either.
+            await self.desk.end([o for o in self.memory.pending.values() if o.status is OrderStatus.OPEN and now >= o.intent.time + self.every])
             if warning := await self.orders.check_key(): self.say(warning)
             for x in self.s.data.symbols: await self.orders.rehearse(x)
         self.pin()

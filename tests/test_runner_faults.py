@@ -178,6 +178,38 @@ async def test_what_a_human_took_over_answers_for_no_order(tmp_path: Path) -> No
         assert "7" in r.desk.broker.known()
 
 
+async def test_the_switch_is_obeyed_while_a_start_is_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candles do not come, and an order of the last life rests: the switch cancels it now."""
+    async with emulator() as e:
+        await rested(tmp_path, e)
+        assert e.venue.open_orders()
+        async with runner(tmp_path, e) as r:
+            async def never(*args: Any) -> None: await asyncio.sleep(3600)
+            monkeypatch.setattr(r, "catch_up", never)
+            starting = asyncio.create_task(r.start())
+            await asyncio.sleep(1.0)
+            throw(kill_file(r.s), "a test")
+            for _ in range(100):
+                if r.stood: break
+                await asyncio.sleep(0.05)
+            assert r.stood and not e.venue.open_orders() and not starting.done()
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError): await starting
+            assert not [t for t in asyncio.all_tasks() if "_every" in repr(t)]
+
+
+async def test_what_is_too_old_rests_no_longer_while_a_start_is_held_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with emulator() as e:
+        name = await rested(tmp_path, e)
+        await e.clock.step(Settings().strategy.decision_every)
+        assert e.venue.open_orders()
+        async with runner(tmp_path, e) as r:
+            async def never(*args: Any) -> None: raise Retry("no candles")
+            monkeypatch.setattr(r, "catch_up", never)
+            with pytest.raises(Retry, match="no candles"): await r.start()
+            assert not e.venue.open_orders() and r.memory.order(name).status is OrderStatus.CANCELED
+
+
 @pytest.mark.parametrize("error", [Rejected("401"), BadSetting("the venue does not know this symbol")])
 async def test_what_the_venue_refuses_ends_no_runner(error: RealdealError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The books cannot be read, the rules not renewed, candles of a market that ended not asked for."""
