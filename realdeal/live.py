@@ -247,7 +247,7 @@ class Runner:
             for x in self.s.data.symbols: await self.orders.rehearse(x)
         self.pin()
         await self.catch_up(now // MINUTE * MINUTE)
-        await self.follower.slow_facts()
+        await self.calmly('funding', self.follower.slow_facts)
         await self.follower.streams.open()
         self.follower.begin()
         # After a crash the newest decision that is due and was not made is made late.

@@ -210,6 +210,15 @@ async def test_what_is_too_old_rests_no_longer_while_a_start_is_held_up(tmp_path
             assert not e.venue.open_orders() and r.memory.order(name).status is OrderStatus.CANCELED
 
 
+async def test_no_funding_holds_up_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage of the contracts alone: a decision goes on without, and so does a start."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        async def no(*args: Any) -> None: raise Retry("contracts are in maintenance")
+        monkeypatch.setattr(r.follower, "slow_facts", no)
+        await r.start()
+        assert r.due >= NOW
+
+
 @pytest.mark.parametrize("error", [Rejected("401"), BadSetting("the venue does not know this symbol")])
 async def test_what_the_venue_refuses_ends_no_runner(error: RealdealError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The books cannot be read, the rules not renewed, candles of a market that ended not asked for."""
