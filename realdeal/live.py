@@ -228,6 +228,8 @@ class Runner:
     async def start(self) -> None:
         "Rules, history, streams, and the orders that were open: the same at the first start and after a crash."
         self.own_capital()
+        mine = {x for x, held in self.memory.account.positions.items() if held} | {o.intent.symbol for o in self.memory.pending.values()}
+        if gone := sorted(mine - set(self.s.data.symbols)): raise Refused(f'{self.journal.path}: {", ".join(gone)} is held or ordered, and not in [data] symbols: put it back, or begin another journal')
         self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
         last, now = self.memory.state.time, self.venue.clock.now()
         if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal')

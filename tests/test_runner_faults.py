@@ -219,6 +219,15 @@ async def test_no_funding_holds_up_no_start(tmp_path: Path, monkeypatch: pytest.
         assert r.due >= NOW
 
 
+async def test_a_dropped_symbol_that_is_held_is_told(tmp_path: Path) -> None:
+    async with emulator() as e:
+        async with alive(tmp_path, e) as life:
+            await life.send(ETH, "buy", 0.05)
+            await life.quiet()
+        async with runner(tmp_path, e, data={"symbols": (BTC,), "rate_limit_ms": 1}) as r:
+            with pytest.raises(Refused, match="ETH/USDT.*symbols"): await r.start()
+
+
 @pytest.mark.parametrize("error", [Rejected("401"), BadSetting("the venue does not know this symbol")])
 async def test_what_the_venue_refuses_ends_no_runner(error: RealdealError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The books cannot be read, the rules not renewed, candles of a market that ended not asked for."""
