@@ -882,6 +882,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.live.Runner.is_due': ('live.html#runner.is_due', 'realdeal/live.py'),
                                'realdeal.live.Runner.keep': ('live.html#runner.keep', 'realdeal/live.py'),
                                'realdeal.live.Runner.knows': ('live.html#runner.knows', 'realdeal/live.py'),
+                               'realdeal.live.Runner.leave': ('live.html#runner.leave', 'realdeal/live.py'),
                                'realdeal.live.Runner.own_capital': ('live.html#runner.own_capital', 'realdeal/live.py'),
                                'realdeal.live.Runner.pin': ('live.html#runner.pin', 'realdeal/live.py'),
                                'realdeal.live.Runner.predictor': ('live.html#runner.predictor', 'realdeal/live.py'),

@@ -32,8 +32,8 @@ from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Orde
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history', 'reach',
-           'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
+__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history',
+           'reach', 'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
            'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
@@ -417,6 +417,12 @@ class Runner:
         at = self.standing(i.symbol)
         return i if i.kind == 'market' or self.orders is None or at.mark is None else replace(i, price=quote_price(i.sign, at.mark, at.half_spread, self.rules[i.symbol].tick))
 
+    async def leave(self) -> None:
+        "Cancel what rests at the venue: nobody looks after it from now on."
+        if self.orders:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE): await self.desk.end([o for o in self.memory.pending.values() if o.status is OrderStatus.OPEN])
+
     async def finish(self) -> dict[str, Any]:
         "Settle the feed, move the tail into Parquet; the figures of the whole journal, restarts included."
         await self.follower.settle()
@@ -463,7 +469,7 @@ def seen_of(r: Runner) -> dict[str, Any]:
         'latency': {**{f'{k}_ms': v.quantiles() for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
 
 # %% ../nbs/41_live.ipynb #b8c9a234
-BEAT, RULES, RECONCILE = 0.05, 3600.0, 60.0      # s of the wall: the longest wait, between two looks at the venue's rules, and at the books (of market time where that runs faster, but at least 5 s of the wall)
+BEAT, RULES, RECONCILE, LEAVE = 0.05, 3600.0, 60.0, 10.0      # s of the wall: the longest wait, between two looks at the venue's rules, and at the books (of market time where that runs faster, but at least 5 s of the wall), and the most that cancelling takes at the end
 
 async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) -> None:
     "Run until `stop` is set or market time reaches `until` (ms)."
@@ -481,8 +487,10 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
             await r.tend()
     finally:
         ended.set()
-        await asyncio.gather(*beside, return_exceptions=True)
-        await following
+        try: await r.leave()
+        finally:
+            await asyncio.gather(*beside, return_exceptions=True)
+            await following
 
 async def _every(ended: asyncio.Event, seconds: float, work: Callable[[], Awaitable[Any]]) -> None:
     while not ended.is_set():

@@ -242,3 +242,17 @@ async def test_what_the_venue_refuses_ends_no_runner(error: RealdealError, tmp_p
         await r.gather(r.due)
 
 
+async def test_a_stop_leaves_nothing_at_rest(tmp_path: Path) -> None:
+    """Nobody looks after it from now on."""
+    async with emulator(speed=1.0) as e:
+        name = await rested(tmp_path, e)
+        e.clock.run()
+        async with runner(tmp_path, e, rate=1) as r:
+            await r.start()
+            assert e.venue.open_orders()
+            stop = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.5, stop.set)
+            await run_clock(r, stop)
+            assert not e.venue.open_orders() and r.memory.order(name).status is OrderStatus.CANCELED
+
+
