@@ -893,6 +893,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.live.Runner.standing': ('live.html#runner.standing', 'realdeal/live.py'),
                                'realdeal.live.Runner.start': ('live.html#runner.start', 'realdeal/live.py'),
                                'realdeal.live.Runner.step': ('live.html#runner.step', 'realdeal/live.py'),
+                               'realdeal.live.Runner.sync': ('live.html#runner.sync', 'realdeal/live.py'),
                                'realdeal.live.Runner.tend': ('live.html#runner.tend', 'realdeal/live.py'),
                                'realdeal.live.Runner.watch': ('live.html#runner.watch', 'realdeal/live.py'),
                                'realdeal.live._arrived': ('live.html#_arrived', 'realdeal/live.py'),

@@ -417,6 +417,10 @@ class Runner:
         at = self.standing(i.symbol)
         return i if i.kind == 'market' or self.orders is None or at.mark is None else replace(i, price=quote_price(i.sign, at.mark, at.half_spread, self.rules[i.symbol].tick))
 
+    async def sync(self) -> None:
+        "Set the clock of the venue where orders go; the follower keeps that of the data."
+        if self.orders and self.orders is not self.venue: await self.calmly('time', self.orders.sync_time)
+
     async def leave(self) -> None:
         "Cancel what rests at the venue: nobody looks after it from now on."
         if self.orders:
@@ -475,7 +479,7 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
     "Run until `stop` is set or market time reaches `until` (ms)."
     ended = asyncio.Event()
     following = asyncio.create_task(r.follower.run(ended))
-    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended), _every(ended, RULES, r.renew_rules))]
+    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended), _every(ended, RULES, r.renew_rules), _every(ended, r.s.data.time_sync, r.sync))]
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
             r.follower.changed.clear()

@@ -256,3 +256,15 @@ async def test_a_stop_leaves_nothing_at_rest(tmp_path: Path) -> None:
             assert not e.venue.open_orders() and r.memory.order(name).status is OrderStatus.CANCELED
 
 
+async def test_the_clock_of_the_orders_venue_is_set_as_well(tmp_path: Path) -> None:
+    """It is another venue than that of the data, and its signed requests are of its own clock: a machine that slept would be refused for ever."""
+    async with emulator(speed=1.0) as e:
+        e.clock.run()
+        s = settings_in(tmp_path)
+        async with Exchange(s, options=client_options(e.url), clock=Clock(1)) as orders, runner(tmp_path, e, rate=1, orders=orders) as r:
+            await r.start()
+            orders.clock.set(orders.clock.now() - 20_000)
+            stop = asyncio.Event()
+            asyncio.get_running_loop().call_later(1.0, stop.set)
+            await run_clock(r, stop)
+            assert abs(orders.clock.now() - r.venue.clock.now()) < 2_000
