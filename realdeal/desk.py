@@ -22,8 +22,8 @@ from .store import Journal, write_atomic
 from .types import DAY, HOUR, MINUTE, Account, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Rejected, Retry, settle
 
 # %% auto #0
-__all__ = ['KILL', 'LATCH', 'AGAIN', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'Switch', 'resume',
-           'Desk', 'Seen', 'Reconciler', 'adopt']
+__all__ = ['KILL', 'LATCH', 'AGAIN', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'told_of', 'Switch',
+           'resume', 'Desk', 'Seen', 'Reconciler', 'adopt']
 
 # %% ../nbs/38_desk.ipynb #cfb79446
 @dataclass
@@ -59,8 +59,15 @@ def kill_file(s: Settings) -> Path: return s.data_dir / KILL
 def journals_of(s: Settings) -> list[Path]: return sorted({*s.data_dir.glob('journals/*.sqlite'), *places(s, 'simulated').data.glob('journals/*.sqlite')})
 
 def throw(file: Path, reason: str, flatten: bool = False) -> None:
-    "Kill every runner of these settings; `flatten`: they sell what they hold. A switch that is thrown already stays as it is."
-    if not file.exists(): write_atomic(file, json.dumps({'reason': reason, 'flatten': flatten, 'wall': time.time()}) + '\n')
+    "Kill every runner of these settings; `flatten`: they sell what they hold. A switch that is thrown already keeps its reason, and may still be told to sell."
+    told = told_of(file)
+    if not file.exists() or (flatten and not told.get('flatten')): write_atomic(file, json.dumps({'reason': told.get('reason') or reason, 'flatten': flatten, 'wall': time.time()}) + '\n')
+
+def told_of(file: Path) -> Mapping[str, Any]:
+    "What the file says: reason, flatten, and when it was written (s of the wall). A file without it kills as well."
+    try: told = json.loads(file.read_text())
+    except (OSError, ValueError): return {}
+    return told if isinstance(told, dict) else {}
 
 class Switch:
     "The kill switch as one runner sees it."
@@ -88,11 +95,7 @@ class Switch:
             self.journal.note('killed', reason, self.now())
         return reason
 
-    def order(self) -> Mapping[str, Any]:
-        "What the file says: reason, flatten, and when it was written (s of the wall). A file without it kills as well."
-        try: told = json.loads(self.file.read_text())
-        except (OSError, ValueError): return {}
-        return told if isinstance(told, dict) else {}
+    def order(self) -> Mapping[str, Any]: return told_of(self.file)
 
 def resume(file: Path, journals: Sequence[Path], why: str) -> list[Path]:
     "Open the switch of every journal that was killed, and keep the reason. Refused without one."

@@ -183,7 +183,7 @@ class Runner:
         self.follower.heard = self.desk.hear
         self.every = s.strategy.decision_every * MINUTE
         self.due = self.caught = self.minute = 0                                  # the next decision, until when REST was asked (ms), and the minute that was looked at
-        self.stood = self.killed = False                                          # nothing is open any more; the switch was seen
+        self.stood = self.killed = self.sold = False                              # nothing is open any more; the switch was seen; what was held is sold
         self._standing_down = asyncio.Lock()
         self.took = {'decision': Latency('decision', 'From the last bar to the journal', DECISION_MS), 'order': Latency('order', 'From the last bar to the wire', ORDER_MS)}
         self.curve: deque[tuple[int, float]] = deque(maxlen=20_000)
@@ -325,15 +325,16 @@ class Runner:
         "Stand down when the switch was thrown, until it is done."
         if self._standing_down.locked(): return
         if self.switch.why() is None:
-            self.stood = self.killed = False
+            self.stood = self.killed = self.sold = False
             return
-        if self.stood: return
+        if self.stood and (self.sold or not self.switch.order().get('flatten')): return
         async with self._standing_down:
             noticed, told = time.time(), self.switch.order()
             if not self.killed: self.desk.alarm('killed', str(self.switch.why()))
             self.killed = True
+            self.stood = False
             if not await self.desk.stand_down(): return
-            self.stood = True
+            self.stood, self.sold = True, bool(told.get('flatten'))
             left = [t for t in (self.orders.client.left if self.orders else ()) if t > noticed - 60]
             thrown = float(told.get('wall') or noticed)
             kills = [*(self.journal.fact('kills') or []), {'thrown': thrown, 'noticed': noticed, 'last_left': max((t for t in left if t <= noticed + 5), default=0.0), 'stood': time.time()}]

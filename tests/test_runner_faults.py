@@ -20,7 +20,7 @@ from realdeal.exchange import Clock, Exchange
 from realdeal.live import Runner, run_clock
 from realdeal.settings import Settings
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, BadSetting, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
+from realdeal.types import DAY, BadSetting, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
 from realdeal.wire import client_options
 
 
@@ -64,6 +64,25 @@ async def test_a_kill_that_sells_leaves_out_what_may_not_be_traded(tmp_path: Pat
         throw(kill_file(life.s), "a test", flatten=True)
         assert not await life.desk.stand_down(), "one of them is held still"
         assert life.memory.account.positions[ETH] == 0.0 < life.memory.account.positions[BTC]
+
+
+async def test_a_sale_may_follow_a_kill(tmp_path: Path) -> None:
+    """The switch was thrown, by a fall of the equity perhaps, and now its owner wants out: no other way leads there that lets nothing be bought."""
+    async with emulator() as e:
+        async with alive(tmp_path, e) as life:
+            await life.send(BTC, "buy", 0.01)
+            await life.quiet()
+        async with runner(tmp_path, e) as r:
+            r.journal.db.execute("delete from decisions")      # that of a test says nothing of the market
+            await r.start()
+            throw(kill_file(r.s), "it fell")
+            await r.guard()
+            assert r.stood and r.memory.account.positions[BTC] > 0
+            throw(kill_file(r.s), "out", flatten=True)
+            throw(kill_file(r.s), "again", flatten=False)
+            r.feed.symbols[BTC].price = Observed(float(e.venue.books[BTC].last), e.clock.now, e.clock.now)
+            for _ in range(3): await r.guard()
+            assert r.stood and r.memory.account.positions[BTC] == 0.0 and r.switch.why() == "it fell"
 
 
 # The books
