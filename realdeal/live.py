@@ -603,7 +603,8 @@ async def _session(s: Settings, emulator: str | None, minutes: int | None, stop:
         say: Callable[[str], None], port: int | None, watch: bool, reached: Callable[[str], None]) -> dict[str, Any]:
     async with open_market(s, emulator) as market, order_venue(s, market.venue) as orders:
         path = market.key.journal(data, s.live.stage)
-        with lock_account(orders, path):
+        with contextlib.ExitStack() as held:
+            held.callback(lock_account(orders, path).release)
             urls = notify_urls()
             journal, log = Journal(path), Log(data / 'logs' / f'{path.stem}.jsonl', [*urls, *(x for v in (market.venue, orders) if v for x in (v.client.apiKey, v.client.secret) if x)])
             told, sent = log.redact, set[asyncio.Task[bool]]()

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FAULTS = {
     "strategy: it holds for a quarter of its horizon": ("decide.py", "snap.time + s.strategy.horizon * MINUTE", "snap.time + s.strategy.horizon * MINUTE // 4"),
-    "accounting: fees are not taken from the cash": ("types.py", "return -self.sign * self.amount * self.price - self.fee", "return -self.sign * self.amount * self.price"),
+    "accounting: fees are not taken from the cash": ("types.py", "== self.base else self.fee)", "== self.base else 0.0)"),
     "fills: the spread is earned instead of paid": ("fills.py", "m.open * (1.0 + sign *", "m.open * (1.0 - sign *"),
     "fills: whoever rests is filled": ("fills.py", "return m.low < price * (1.0 - t.margin) if sign > 0 else m.high > price * (1.0 + t.margin)", "return True"),
     "funding is never paid": ("backtest.py", "    if not held: return account\n", "    return account\n"),
