@@ -1362,6 +1362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'realdeal.store.Journal.last_decision': ('store.html#journal.last_decision', 'realdeal/store.py'),
                                 'realdeal.store.Journal.latch': ('store.html#journal.latch', 'realdeal/store.py'),
                                 'realdeal.store.Journal.latches': ('store.html#journal.latches', 'realdeal/store.py'),
+                                'realdeal.store.Journal.newest': ('store.html#journal.newest', 'realdeal/store.py'),
                                 'realdeal.store.Journal.note': ('store.html#journal.note', 'realdeal/store.py'),
                                 'realdeal.store.Journal.open_latch': ('store.html#journal.open_latch', 'realdeal/store.py'),
                                 'realdeal.store.Journal.orders': ('store.html#journal.orders', 'realdeal/store.py'),

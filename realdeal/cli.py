@@ -289,7 +289,7 @@ def emulator(market: Market = 'realistic', source: Annotated[Literal['simulated'
 # %% ../nbs/48_cli.ipynb #bdb4a5a5
 @app.command(epilog='Example: [bold]realdeal live --emulator http://127.0.0.1:8765 --minutes 60[/]')
 def live(emulator: Annotated[str | None, typer.Option(help="Base URL of an emulator; default: the venue of the settings.")] = None,
-        minutes: Annotated[int | None, typer.Option(help='Stop after so many minutes of market time; default: run until told to stop.')] = None,
+        minutes: Annotated[int | None, typer.Option(min=1, help='Stop after so many minutes of market time; default: run until told to stop.')] = None,
         port: Annotated[int | None, typer.Option(min=0, max=65535, help='Serve page, /metrics and /healthz on this port of 127.0.0.1 (0: a free one); the address with its token is printed.')] = None,
         watch: Annotated[bool, typer.Option('--watch', help='Show feeds, positions, orders and risk on the terminal.')] = False,
         drill: Annotated[bool, typer.Option('--drill', help='A coin decides instead of the models, so that there are many orders; on an emulator only.')] = False,
@@ -306,6 +306,7 @@ Why = Annotated[str, typer.Option('--why', help='The reason, which the journal k
 def kill(why: Why, flatten: Annotated[bool, typer.Option('--flatten', help='Sell what the bot holds, too.')] = False, config: Config = None) -> None:
     "Throw the kill switch of every runner of these settings: nothing leaves any more, and what is open is cancelled. It stays thrown until `realdeal resume`."
     from realdeal.desk import kill_file, throw
+    if not why.strip(): raise Refused('kill: say why; the reason is kept in the journal')
     throw(kill_file(s := read_settings(config)), why, flatten)
     _say(f'thrown: {os.path.relpath(kill_file(s))}')
 
@@ -329,13 +330,16 @@ def adopt(why: Why, config: Config = None) -> None:
 @app.command(epilog='Example: [bold]realdeal stage[/]')
 def stage(config: Config = None, as_json: Json = False) -> None:
     "Show the stage of the settings, and what is missing for each."
+    from realdeal.desk import kill_file, told_of
     from realdeal.ensemble import model_hash, read_manifest
     from realdeal.stages import STAGES, missing_for, session_of
     s = read_settings(config)
     now = session_of(s, model_hash(read_manifest(places(s, 'recorded').models)))
     missing = {x: missing_for(x, s, now, s.data_dir) for x in STAGES}
-    if as_json: return _say(json.dumps({'stage': s.live.stage, 'missing': missing}, indent=1))
+    killed = told_of(kill_file(s)).get('reason')
+    if as_json: return _say(json.dumps({'stage': s.live.stage, 'missing': missing, 'killed': killed}, indent=1))
     for x, lacks in missing.items(): _say(f'{"->" if x == s.live.stage else "  "} {x}: {"open" if not lacks else "closed"}' + ''.join(f'\n     {y}' for y in lacks))
+    if killed: _say(f'the kill switch is thrown: {killed}')
 
 # %% ../nbs/48_cli.ipynb #e466688b
 @app.command(epilog='Example: [bold]realdeal drill --hours 48 --seed 7 --json[/]; a short one: [bold]realdeal drill --hours 1 --kills 1[/]; kills: [bold]realdeal drill --crashes 1000[/]')

@@ -107,7 +107,7 @@ def resume(file: Path, journals: Sequence[Path], why: str) -> list[Path]:
         journal = Journal(path)
         try:
             with journal.transaction():
-                if journal.open_latch(LATCH): opened.append(path); journal.note('resumed', why, 0)
+                if journal.open_latch(LATCH): opened.append(path); journal.note('resumed', why, journal.newest())
         finally: journal.close()
     return opened
 

@@ -419,7 +419,8 @@ class Emulator:
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self.runner.setup()
         site = web.TCPSite(self.runner, '127.0.0.1', port)
-        await site.start()
+        try: await site.start()
+        except OSError as e: raise Stop(f'port {port} of 127.0.0.1 cannot be opened: {e.strerror}') from None
         self.url = f'http://127.0.0.1:{self.runner.addresses[0][1]}'
         self.ws_url = self.url.replace('http', 'ws', 1) + '/ws'
         return self.url

@@ -4,7 +4,7 @@
 
 # %% ../nbs/41_live.ipynb #ccbaa96d
 from __future__ import annotations
-import asyncio, contextlib, math, os, signal, sys, time
+import asyncio, contextlib, math, os, re, signal, sys, time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from .decide import decide, snapshot
 from .desk import Desk, Reconciler, Switch, kill_file, remember, throw
 from .drift import Stability
 from .ensemble import MANIFEST, EnsemblePredictor, Forecast, Texts, load_predictor, model_hash, read_manifest
-from .exchange import Exchange
+from .exchange import TESTNETS, Exchange
 from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
 from .ingest import Follower, Metrics, ask, backfill, live_store, open_market
 from .fills import quote_price, terms_of
@@ -26,7 +26,7 @@ from .orders import plan
 from .provenance import Source, places, utc
 from .risk import Standing
 from .settings import Settings
-from .stages import keep_session, lock_account, open_broker, order_venue, session_of
+from .stages import keep_session, lock_account, missing_for, open_broker, order_venue, session_of
 from .store import Journal, Mark, Store
 from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Rejected, Retry, Signal, Snapshot, Stop, as_dict
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
@@ -184,7 +184,7 @@ class Runner:
         self.every = s.strategy.decision_every * MINUTE
         self.due = self.caught = self.minute = 0                                  # the next decision, until when REST was asked (ms), and the minute that was looked at
         self.stood = self.killed = self.sold = False                              # nothing is open any more; the switch was seen; what was held is sold
-        self._standing_down = asyncio.Lock()
+        self._standing_down, self.blind = asyncio.Lock(), list[str]()
         self.took = {'decision': Latency('decision', 'From the last bar to the journal', DECISION_MS), 'order': Latency('order', 'From the last bar to the wire', ORDER_MS)}
         self.curve: deque[tuple[int, float]] = deque(maxlen=20_000)
 
@@ -232,7 +232,7 @@ class Runner:
         if gone := sorted(mine - set(self.s.data.symbols)): raise Refused(f'{self.journal.path}: {", ".join(gone)} is held or ordered, and not in [data] symbols: put it back, or begin another journal')
         self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
         last, now = self.memory.state.time, self.venue.clock.now()
-        if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal')
+        if now < last: raise Refused(f'{self.journal.path}: its last decision is of {utc(last)}, but the venue\'s time is {utc(now)}: another market needs another journal; move this one away to begin anew')
         # A venue that tells no candles may hold this up for hours: the switch is obeyed meanwhile.
         ended = asyncio.Event()
         guarding = asyncio.create_task(_every(ended, BEAT, self.guard))
@@ -325,12 +325,15 @@ class Runner:
         "Stand down when the switch was thrown, until it is done."
         if self._standing_down.locked(): return
         if self.switch.why() is None:
+            if self.killed: self.say('resumed')
             self.stood = self.killed = self.sold = False
             return
         if self.stood and (self.sold or not self.switch.order().get('flatten')): return
         async with self._standing_down:
             noticed, told = time.time(), self.switch.order()
-            if not self.killed: self.desk.alarm('killed', str(self.switch.why()))
+            if not self.killed:
+                self.say(f'killed: {self.switch.why()}')
+                self.desk.alarm('killed', str(self.switch.why()))
             self.killed = True
             self.stood = False
             if not await self.desk.stand_down(): return
@@ -372,6 +375,8 @@ class Runner:
         symbols = self.s.data.symbols
         seen = {x: self.feed.md(x) for x in symbols}
         blind = [x for x in symbols if not self.knows(x, at)]
+        if blind != self.blind: self.desk.note('blind', f'the last minutes of {", ".join(blind)} are not known' if blind else 'the last minutes of all symbols are known again')
+        self.blind = blind
         p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})
         signals = [replace(g, side='flat', reason='blind: its last minutes are not known') if g.symbol in blind else g for g in signals]
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
@@ -578,9 +583,19 @@ async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: 
     """Run until a signal, or for `minutes` of market time; the session's figures. SIGUSR1 throws the kill switch.
 
     `port`: of the page (0: any); `watch`: show it on the terminal; `drill`: a coin decides instead of the models, on an emulator only."""
-    stop = asyncio.Event()
-    for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: throw(kill_file(s), 'signal SIGUSR1'))
+    stop, loop, told = asyncio.Event(), asyncio.get_running_loop(), set[str]()
+    def leave() -> None:
+        if stop.is_set(): os._exit(130)      # crash-only: nothing is lost by it
+        say('stopping: what rests is cancelled, doubts are settled, half a minute at most; once more ends at once')
+        stop.set()
+    for sig in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(sig, leave)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: throw(kill_file(s), 'signal SIGUSR1'))
+    def untold(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # What nobody awaited: ccxt's futures of a lost venue, whose texts hold signed addresses.
+        text = re.sub(r'\?[^\s"\']*', '?...', f'{context["message"]}: {context.get("exception")!r}')[:200]
+        if text not in told: say(text)
+        told.add(text)
+    loop.set_exception_handler(untold)
     if drill and not emulator: raise Refused('--drill: on an emulator only')
     store = await live_store(s, emulator)
     where = places(s, store.key.source)
@@ -591,6 +606,8 @@ async def run_live(s: Settings, emulator: str | None, minutes: int | None, say: 
     def newest(used: str) -> EnsemblePredictor | None: return None if model_hash(read_manifest(models)) == used else shaped(load_predictor(models, s, allowed))
     # What is missing is told before anything is asked of the venue.
     predictor = shaped(load_predictor(models, s, allowed))
+    if lacks := missing_for(s.live.stage, s, session_of(s, predictor.model_hash), s.data_dir): raise Refused(f'stage {s.live.stage}: missing: {"; ".join(lacks)}')
+    if s.live.stage == 'testnet' and not emulator and s.orders.venue not in TESTNETS: raise Refused(f'stage testnet: {s.orders.venue} has no testnet; [orders] venue must be one of {", ".join(TESTNETS)}, or run against the emulator')
     while True:
         try: return await _session(s, emulator, minutes, stop, store, where.data, predictor, newest, say, port, watch, reached)
         except Retry as e:       # the venue does not answer while we start: it will
@@ -636,7 +653,7 @@ async def _session(s: Settings, emulator: str | None, minutes: int | None, stop:
                 journal.close()
                 log.close()
 
-ALARMS = ('killed', 'stood down', 'halted', 'breaker', 'missed', 'late', 'repaired')     # incidents that are sent to the addresses in REALDEAL_NOTIFY
+ALARMS = ('killed', 'stood down', 'halted', 'breaker', 'blind', 'missed', 'late', 'repaired')     # incidents that are sent to the addresses in REALDEAL_NOTIFY
 
 def _killing(r: Runner) -> Callable[[str, bool], Awaitable[Mapping[str, Any]]]:
     async def kill(reason: str, flatten: bool) -> Mapping[str, Any]:

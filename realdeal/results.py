@@ -562,7 +562,7 @@ def _verdict(x: Lived, equity: np.ndarray, low: np.ndarray, told: Parity | None,
     f, key, bare = x.figures, x.store.key, sum(not d.why for d in told.found) if told else 0
     what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.')
     return (f'**{"Red: " + ", ".join(red) if red else "Nothing is red"}.** Stage {x.s.live.stage} at {key.venue} ({key.market}), {f["hours"]:.1f} hours: {f["decisions"]} decisions, {f["missed"]} missed; {f["orders"]} orders, {f["fills"]} fills. '
-        f'Equity went from {x.facts["capital"]:,.2f} to {equity[-1]:,.2f}, at most {-low.min():.1%} below its peak. {what}' + (f' A drill: a coin made {drill} of the decisions.' if drill else ''))
+        f'Equity went from {x.facts["capital"]:,.2f} to {equity[-1]:,.2f}, at most {abs(low.min()):.1%} below its peak. {what}' + (f' A drill: a coin made {drill} of the decisions.' if drill else ''))
 
 def report_session(s: Settings, name: str = '', say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
     "Make the session of a journal again, save what there is to tell of it, and draw it; what was told, and the page."

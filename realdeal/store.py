@@ -466,6 +466,9 @@ class Journal:
     def note(self, kind: str, text: str, time: int, symbol: str = '') -> None:
         "Keep an incident of market time `time` (ms), with the wall's time (s)."
         self.db.execute('insert into incidents values (?,?,?,?,?)', (time, wall(), kind, symbol, text))
+    def newest(self) -> int:
+        "Market time (ms) of the newest incident; 0 without any."
+        return int(self.db.execute('select coalesce(max(time), 0) from incidents').fetchone()[0])
     def fills(self, client_id: str | None = None, after: int = -1) -> list[Fill]:
         "Fills of one order, or of all, later than `after` (ms), in order of time."
         found = self.db.execute('select body from fills where time > ? order by time, rowid' if client_id is None else 'select body from fills where time > ? and client_id = ? order by time, rowid', (after, *([client_id] if client_id else [])))

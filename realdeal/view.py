@@ -21,7 +21,7 @@ from .types import MINUTE, BadData, NotWritten, RealdealError, Refused, Stop
 if TYPE_CHECKING: from rich.console import RenderableType
 
 # %% auto #0
-__all__ = ['OVERDUE', 'STALE', 'DECISION_MS', 'ORDER_MS', 'STYLE', 'BODY', 'SCRIPT', 'HTML', 'HEADERS', 'FeedSeen',
+__all__ = ['OVERDUE', 'STALE', 'BLIND', 'DECISION_MS', 'ORDER_MS', 'STYLE', 'BODY', 'SCRIPT', 'HTML', 'HEADERS', 'FeedSeen',
            'PositionSeen', 'OrderSeen', 'Seen', 'example_seen', 'unwell', 'clean', 'plain', 'money', 'amount',
            'percent', 'lasting', 'moment', 'terminal', 'RunnerMetrics', 'Latency', 'read_token', 'thin', 'Page',
            'Redact', 'Log', 'notify_urls', 'notify']
@@ -103,6 +103,7 @@ def example_seen(seed: int = 7) -> Seen:
 
 # %% ../nbs/40_view.ipynb #568a2132
 OVERDUE, STALE = MINUTE, 2 * MINUTE   # ms of market time
+BLIND = 3      # minutes in doubt
 
 def unwell(seen: Mapping[str, Any]) -> list[str]:
     "Why the runner is not well; empty when it is."
@@ -112,6 +113,7 @@ def unwell(seen: Mapping[str, Any]) -> list[str]:
     elif now - due > OVERDUE: out.append(f'a decision is overdue by {(now - due) / 1000:.0f} s')
     if not feeds: out.append('no feed is open yet')
     silent = [f for f in feeds if f['age_ms'] is None or not f['age_ms'] <= STALE]
+    out += [f'{f["symbol"]}: {f["missing"]} minutes are not known' for f in feeds if (f['missing'] or 0) >= BLIND]
     return out + [f'{f["symbol"]}: ' + ('nothing was heard yet' if f['age_ms'] is None else f'the last price is {f["age_ms"] / 1000:.0f} s old') for f in silent]
 
 # %% ../nbs/40_view.ipynb #bccbbc98
