@@ -141,6 +141,36 @@ def test_stages_are_told(demo: Demo, home: Path) -> None:
     missing = json.loads(told.stdout)["missing"]
     assert missing["paper"] == [] and missing["testnet"] == [] and any("48 hours" in x for x in missing["live"]) and any("armed" in x for x in missing["live"])
     assert realdeal("stage", home=home, REALDEAL_LIVE_STAGE="live").returncode == 78
+    assert realdeal("kill", "--why", " ", home=home).returncode == 77 and not (home / "data" / "KILL").exists()
     assert realdeal("kill", "--why", "now", home=home).returncode == 0 and (home / "data" / "KILL").exists()
+    assert json.loads(realdeal("stage", "--json", home=home).stdout)["killed"] == "now"
     assert realdeal("resume", "--why", " ", home=home).returncode == 77 and (home / "data" / "KILL").exists()
     assert realdeal("adopt", "--why", "mine", home=home).returncode == 66
+
+
+@pytest.mark.parametrize(("stage", "why"), [("testnet", "mexc has no testnet"), ("live", "0.0 of 48 hours")])
+def test_a_stage_is_refused_before_the_venue_is_asked(home: Path, stage: str, why: str) -> None:
+    """Nothing in the refusal needs the venue, which no machine of a test reaches."""
+    shutil.copytree(REPO / "data" / "models", home / "data" / "models")
+    (home / "settings.ini").write_text((REPO / "settings.ini").read_text().replace("stage = paper", f"stage = {stage}"))
+    told = realdeal("live", home=home)
+    assert told.returncode == 77 and why in told.stderr, told.stderr
+
+
+async def test_who_asks_twice_ends_it_at_once(demo: Demo, tmp_path: Path) -> None:
+    """The venue is gone: the first signal waits for what can be settled, the second waits for nothing; no signed address is told."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(demo.data / "models", home / "data" / "demo" / "models")
+    (home / "settings.ini").write_text((REPO / "settings.ini").read_text().replace("stage = paper", "stage = testnet"))
+    plan = DrillPlan(24, 60, "none", 5, SYMBOLS)
+    async with emulator_process(plan.emulator_args(plan.begin - 1)) as url:
+        p = await asyncio.create_subprocess_exec(sys.executable, "-m", "realdeal", "live", "--emulator", url, "--json", cwd=home, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        lines = [await asyncio.wait_for(p.stderr.readline(), 60)]
+        while not lines[-1].startswith(b"stage "): lines.append(await asyncio.wait_for(p.stderr.readline(), 60))
+    await asyncio.sleep(6)
+    p.send_signal(signal.SIGINT)
+    await asyncio.sleep(1)
+    p.send_signal(signal.SIGINT)
+    _, told = await asyncio.wait_for(p.communicate(), 10)
+    assert p.returncode == 130 and b"once more ends at once" in told and b"signature=" not in told and b"Traceback" not in told, told[-2000:]
