@@ -138,8 +138,12 @@ def _ask(study: optuna.Study, choices: dict[str, BaseDistribution], number: int,
         warnings.simplefilter('ignore')
         study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + number, multivariate=True, constant_liar=True)
         if number >= there: return study.ask(choices)
-        trial = optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
-        for name, d in choices.items(): trial._suggest(name, d)
+        there_is = study.get_trials(deepcopy=False)[number]
+        trial = optuna.Trial(study, there_is._trial_id)
+        for name, d in choices.items():
+            # A kill may have left some of its parameters: their numbers are drawn all the same, or the others would be drawn in their place.
+            if name in there_is.params and name not in trial.relative_params: study.sampler.sample_independent(study, there_is, name, d)
+            trial._suggest(name, d)
         return trial
 
 def _tell(study: optuna.Study, trial: optuna.Trial, x: Told) -> None:
