@@ -4,7 +4,7 @@
 
 # %% ../nbs/38_desk.ipynb #d3eb6d25
 from __future__ import annotations
-import asyncio, json, time
+import asyncio, json, math, time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,11 +148,18 @@ class Desk:
         return objection(i.amount, meant, at._replace(recent=len(self.sent)), self.s.risk, reduces) or self.breaker.objection(self.now(), reduces, in_flight)
 
     async def send(self, *intents: Intent) -> None:
-        "Send intents that are journalled already, each once: sales together, then purchases, which may need their money."
-        for side in ('sell', 'buy'):
-            going = [i for i in intents if i.side == side]
+        "Send intents that are journalled already, each once: together where there is money enough, else sales before purchases."
+        buys = [i for i in intents if i.side == 'buy']
+        sells = [i for i in intents if i.side == 'sell']
+        for going in ([*sells, *buys],) if self._covers(buys) else (sells, buys):
             with self.journal.transaction(): leaving = [i for i in going if self._leaves(i)]
             await asyncio.gather(*[self._submit(i) for i in leaving])
+
+    def _covers(self, buys: Sequence[Intent]) -> bool:
+        "Whether the cash that no order waits for pays for `buys`, as dear as the collar lets them be."
+        asked = [(o.intent, o.intent.amount - o.filled) for o in self.memory.pending.values() if o.intent.side == 'buy' and o.intent.client_id not in {i.client_id for i in buys}]
+        worth = sum(left * (self.standing(i.symbol).mark or math.inf) for i, left in [*asked, *((i, i.amount) for i in buys)])
+        return worth * (1 + self.s.risk.collar) <= self.memory.account.cash
 
     def _leaves(self, i: Intent) -> bool:
         "Journal an intent as sent, or as held."

@@ -56,24 +56,22 @@ def _select(df: pl.DataFrame, exprs: Mapping[str, pl.Expr]) -> pl.DataFrame:
 # %% ../nbs/17_features.ipynb #0349db04
 def rolling(x: np.ndarray, windows: Sequence[tuple[int, int]], op: np.ufunc = np.add, skip: int = 0) -> list[np.ndarray]:
     "For each (i, n) of `windows` `op` over the last n columns of `x[i]` (..., time), from column `skip` on; nan before there are n."
-    longest = [max((n for k, n in windows if k == i), default=0) for i in range(len(x))]
-    order = sorted(range(len(x)), key=lambda i: -longest[i])            # the longest first, so that those which are done fall off the end
-    level, size, made, done = x[order], 1, [np.empty(0)] * len(windows), [0] * len(windows)
-    while size <= max(longest, default=0):
-        level = level[:sum(n >= size for n in longest)]
-        if size > 1: level = op(level, _later(level, size // 2))
+    level, first, size, made, done = x, 0, 1, [np.empty(0)] * len(windows), [0] * len(windows)      # level: over `size` columns, of those from `first` on
+    while size <= max((n for _, n in windows), default=0):
+        if half := size // 2: level, first = op(level[..., half:], level[..., :-half]), first + half
         for j, (i, n) in enumerate(windows):
             if n & size:
-                piece = _later(level[order.index(i)], done[j], skip)
+                piece = _later(level[i], first + done[j], skip, x.shape[-1])
                 made[j], done[j] = op(made[j], piece) if done[j] else piece, done[j] + size
         size *= 2
     return made
 
-def _later(x: np.ndarray, n: int, skip: int = 0) -> np.ndarray:
-    "`x` (..., time) moved n columns to the right, nan where nothing was, from column `skip` on."
-    if n <= skip: return x[..., skip - n:x.shape[-1] - n]
-    new = max(0, min(n, x.shape[-1]) - skip)
-    return np.concatenate([np.full((*x.shape[:-1], new), np.nan), x[..., :max(0, x.shape[-1] - n)]], axis=-1)
+def _later(x: np.ndarray, n: int, skip: int = 0, end: int | None = None) -> np.ndarray:
+    "`x` (..., time) moved n columns to the right, nan where nothing was, columns `skip` to `end` (default: as many as x has)."
+    end = x.shape[-1] if end is None else end
+    if n <= skip: return x[..., skip - n:end - n]
+    new = max(0, min(n, end) - skip)
+    return np.concatenate([np.full((*x.shape[:-1], new), np.nan), x[..., :max(0, end - n)]], axis=-1)
 
 # %% ../nbs/17_features.ipynb #b17ed2c3
 _DAY, _WEEK = 96, 672   # rows
@@ -320,10 +318,12 @@ def _evaluate(x: Mapping[str, np.ndarray], exprs: Mapping[str, pl.Expr], skip: i
     wanted = [(m[0], m[1], m[2], int(m[3])) for c in sorted(roots - made.keys()) if (m := _WINDOW.fullmatch(c))]
     for kinds, ufunc in ((('sum', 'mean', 'root'), np.add), (('max',), np.maximum), (('min',), np.minimum)):
         ask = [(name, c, kind, n) for name, c, kind, n in wanted if kind in kinds]
-        columns = sorted({c for _, c, _, _ in ask})
-        if not ask: continue
-        found = rolling(np.stack([x[c] for c in columns]), [(columns.index(c), n) for _, c, _, n in ask], ufunc, skip)
-        made |= {name: a if kind not in ('mean', 'root') else a / n if kind == 'mean' else np.sqrt(a / n) for (name, _, kind, n), a in zip(ask, found, strict=True)}
+        reach = {c: max(n for _, other, _, n in ask if other == c) for _, c, _, _ in ask}
+        for far in sorted(set(reach.values())):      # together those that look back equally far, and no farther
+            columns, these = [c for c in reach if reach[c] == far], [a for a in ask if reach[a[1]] == far]
+            first = max(0, skip - far + 1)
+            found = rolling(np.stack([x[c][:, first:] for c in columns]), [(columns.index(c), n) for _, c, _, n in these], ufunc, skip - first)
+            made |= {name: a if kind not in ('mean', 'root') else a / n if kind == 'mean' else np.sqrt(a / n) for (name, _, kind, n), a in zip(these, found, strict=True)}
     made |= {name: _later(x[c], n, skip) if kind == 'lag' else np.log(x[c][:, skip:] / _later(x[c], n, skip)) for name, c, kind, n in wanted if kind in ('lag', 'log')}
     return _select(pl.DataFrame([pl.Series(c, a.reshape(-1)) for c, a in made.items()]), exprs)
 

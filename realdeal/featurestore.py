@@ -13,8 +13,9 @@ import hashlib, io, json
 import duckdb, numpy as np, polars as pl
 from filelock import FileLock, Timeout
 from .features import FEATURES, FUNDING_WINDOW, MADE_OF, STEP, WARMUP, Feature, Panel, panel
+from .provenance import utc
 from .store import CANDLES, Store, write_atomic
-from .types import DAY, BadData, BadSetting, NotWritten, slug
+from .types import DAY, BadSetting, Missing, NotWritten, slug
 
 # %% auto #0
 __all__ = ['Made', 'Updated', 'FeatureStore', 'Inputs']
@@ -176,7 +177,7 @@ class FeatureStore:
             self._update(start, end, lambda _: None)
             frames = [self._read(x, start, end) for x in self.symbols]
         df, names = pl.concat(frames), list(self.digests)
-        if df.is_empty(): raise BadData(f'{self.folder}: no bar of all of {", ".join(self.symbols)} closed from {start} to {end}')
+        if df.is_empty(): raise Missing(f'{self.folder}: no bar of all of {", ".join(self.symbols)} closed from {utc(start)} to {utc(end)}; bring candles with `realdeal ingest`')
         close, high, low, sigma = df.select('close', 'high', 'low', 'sigma').to_numpy().T.copy()
         return Panel(self.symbols, df['time'].to_numpy(), np.repeat(np.arange(len(frames)), [len(f) for f in frames]), np.ascontiguousarray(df.select(names).to_numpy()),
             close, high, low, sigma, df['real'].to_numpy(), tuple(names))

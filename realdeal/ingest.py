@@ -253,13 +253,21 @@ class Follower:
 
     async def slow_facts(self) -> None:
         "Funding and open interest, by REST."
-        now = self.venue.clock.now()
-        for symbol in self.s.data.symbols:
-            await backfill_funding(self.venue, self.store, symbol, now - 10 * DAY, now)
-            rates = self.store.read_funding(symbol, now - 10 * DAY, now)
-            if len(rates): self.feed.learn(symbol, funding=float(rates['rate'][-1]), event_time=int(rates['time'][-1]), now=now)
-            oi = await self.venue.open_interest(symbol)
-            if oi is not None: self.feed.learn(symbol, oi=oi, event_time=now, now=now)
+        await self.funding()
+        await self._each(self._open_interest)
+
+    async def funding(self) -> None:
+        "The funding rates that were settled."
+        async def one(symbol: str) -> None:
+            now = self.venue.clock.now()
+            if not await backfill_funding(self.venue, self.store, symbol, now - 10 * DAY, now): return
+            time, rate = self.store.read_funding(symbol, now - 10 * DAY, now).row(-1)
+            self.feed.learn(symbol, funding=rate, event_time=time, now=now)
+        await self._each(one)
+
+    async def _open_interest(self, symbol: str) -> None:
+        now, oi = self.venue.clock.now(), await self.venue.open_interest(symbol)
+        if oi is not None: self.feed.learn(symbol, oi=oi, event_time=now, now=now)
 
     async def sync(self) -> None:
         skew = await self.venue.sync_time()

@@ -32,9 +32,9 @@ from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Orde
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of', 'history',
-           'reach', 'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock', 'run_steps',
-           'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
+__all__ = ['UNKNOWN', 'Row', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of',
+           'history', 'reach', 'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock',
+           'run_steps', 'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
@@ -65,13 +65,15 @@ def reach(rows: int) -> int:
     return WARMUP_MINUTES * MINUTE + rows * STEP
 
 # %% ../nbs/41_live.ipynb #47591555
+Row = tuple[Any, ...]      # of CANDLES
+
 class Rolling:
     "The newest rows of a panel of `symbols` over a store, each with `rows` rows before it."
     def __init__(self, store: Store, symbols: Sequence[str], rows: int):
         self.store, self.symbols, self.rows = store, symbols, rows
         self.window: Window | None = None
         self.mark: Mark | None = None
-        self.waiting = dict[str, pl.DataFrame]()
+        self.waiting = dict[str, list[Row]]()
         self.rates = dict[str, int]()        # by symbol: the newest settlement that the window knows (ms)
         self.coming = dict[str, tuple[tuple[int, int, int], list[tuple[int, float]]]]()      # by symbol: the mark of its rates on disk, and those that the window does not know yet
         self.built = 0                       # how often everything was read
@@ -92,20 +94,22 @@ class Rolling:
         assert self.window is not None
         return self.window
 
-    def _take(self, w: Window, news: Mapping[str, pl.DataFrame], time: int) -> bool:
+    def _take(self, w: Window, news: Mapping[str, list[Row]], time: int) -> bool:
         "Append the news; False when one of them is not new to the window. What is from later than `time` waits."
-        if any(not c.is_empty() and c['time'][0] < due for c, due in zip(news.values(), w.next, strict=True)): return False
-        for x, c in news.items():
-            if c.is_empty() and self.waiting[x].is_empty(): continue
-            bars = pl.concat([self.waiting[x], c]).unique('time', keep='last').sort('time')
-            for row in bars.filter(pl.col('time') < time).iter_rows(): w.append(x, Bar(*row), look=False)
-            self.waiting[x] = bars.filter(pl.col('time') >= time)
+        if any(rows and rows[0][0] < due for rows, due in zip(news.values(), w.next, strict=True)): return False
+        for x, rows in news.items():
+            bars = {row[0]: row for row in (*self.waiting[x], *rows)}
+            for t in sorted(t for t in bars if t < time): w.append(x, Bar(*bars[t]), look=False)
+            self.waiting[x] = [bars[t] for t in sorted(bars) if t >= time]
         return True
 
     def _build(self, start: int, time: int) -> None:
-        self.waiting = history(self.store, self.symbols, time, time + DAY)[0]
         candles, funding = history(self.store, self.symbols, start, time)
-        self.window, self.built = Window(candles, funding, time, self.rows + 1), self.built + 1
+        # Not beyond what is known of all symbols: a minute that is still to come must not be taken for one that had no trade.
+        known = max(time - DAY, min([time, *(int(c['time'][-1]) + MINUTE for c in candles.values() if len(c))]))
+        self.waiting = {x: self.store.read(x, known, time + DAY).rows() for x in self.symbols}
+        self.window, self.built = Window(candles, funding, known, self.rows + 1), self.built + 1
+        self._take(self.window, {x: [] for x in self.symbols}, time)
         self.rates = {x: int(f['time'][-1]) if len(f) else 0 for x, f in funding.items()}
         self.coming.clear()
 
@@ -127,12 +131,22 @@ class Forecaster:
 
     def use(self, predictor: EnsemblePredictor) -> None:
         "From now on `predictor`; its drift is not judged yet."
-        self.predictor, self.stability, self.judged = predictor, UNKNOWN, ('', 0)      # the drift of which model and midnight (ms)
+        self.predictor, self.stability, self.judged = predictor, UNKNOWN, ('', 0, 0)      # the drift: of which model and midnight (ms), and how often everything had been read by then
         self.rolling = Rolling(self.store, self.symbols, predictor.history_rows)
 
-    async def follow(self, time: int) -> None:
-        "Take in what became known of minutes before `time` (ms), so that the look at it has little left to do."
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.rolling.follow, time)
+    async def follow(self, time: int, now: int) -> None:
+        "At `now` (ms) take in what is known of minutes before `time` (ms), so that the look at it has little left to do."
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._follow, self.predictor, self.rolling, time, now)
+
+    def _follow(self, predictor: EnsemblePredictor, rolling: Rolling, time: int, now: int) -> None:
+        fresh, midnight = rolling.window is None, time // DAY * DAY
+        if min(rolling.follow(time).next) >= midnight - STEP: self._judge(predictor, rolling, midnight)      # the last row of the week before it is there
+        if fresh: look(rolling.panel(now // STEP * STEP), now // STEP * STEP, predictor)      # for what is loaded at its first use
+
+    def _judge(self, predictor: EnsemblePredictor, rolling: Rolling, midnight: int) -> None:
+        "The drift of a day, once, and again when a minute came late."
+        wanted = (predictor.model_hash, midnight, rolling.built)
+        if wanted != self.judged: self.stability, self.judged = week_of(self.store, self.symbols, midnight, predictor), wanted
 
     async def at(self, time: int, texts: Texts | None = None) -> Look:
         "The look at `time` (ms). Retry when too many ask."
@@ -145,9 +159,9 @@ class Forecaster:
 
     def _look(self, predictor: EnsemblePredictor, rolling: Rolling, time: int, texts: Texts | None) -> Look:
         if known := self._said.get((predictor.model_hash, time)): return known      # by who asked before
-        day = (predictor.model_hash, time // DAY * DAY)
-        if day != self.judged: self.stability, self.judged = week_of(self.store, self.symbols, day[1], predictor), day
-        seen = self._said[predictor.model_hash, time] = look(rolling.panel(time), time, predictor, texts, self.stability)
+        p = rolling.panel(time)
+        self._judge(predictor, rolling, time // DAY * DAY)
+        seen = self._said[predictor.model_hash, time] = look(p, time, predictor, texts, self.stability)
         while len(self._said) > 2 * self.waiting: self._said.popitem(last=False)
         return seen
 
@@ -252,6 +266,7 @@ class Runner:
         await self.calmly('funding', self.follower.slow_facts)
         await self.follower.streams.open()
         self.follower.begin()
+        await self.catch_up(self.follower.began)      # what passed meanwhile
         # After a crash the newest decision that is due and was not made is made late.
         now = self.venue.clock.now()
         self.due = max(last + self.every, now // self.every * self.every) if last else -(-now // self.every) * self.every
@@ -346,13 +361,15 @@ class Runner:
 
     async def watch(self) -> None:
         "Once a minute: the deepest limit, resting orders, how far the session has come."
-        equity, peak = self.equity(), self.memory.state.guard.peak
+        now, equity, peak = self.venue.clock.now(), self.equity(), self.memory.state.guard.peak
         if equity is not None and peak and equity <= peak * (1 - self.s.risk.kill_drawdown) and self.switch.why() is None:
             throw(kill_file(self.s), f'equity {equity:,.2f} is {1 - equity / peak:.1%} below its peak: [risk] kill_drawdown')
             await self.guard()
         if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
-        if not self.stepped and self.forecaster.rolling.window: await self.forecaster.follow(self.due)
-        self.memory.forget(self.venue.clock.now() - 2 * DAY)
+        await self.renew()
+        # What can be done before the bar is over; in the minute of a decision nothing holds it up.
+        if not self.stepped and now < self.due: await self.forecaster.follow(self.due, now)
+        self.memory.forget(now - 2 * DAY)
         self.keep()
 
     async def renew_rules(self) -> None:
@@ -370,7 +387,6 @@ class Runner:
     async def step(self, at: int) -> None:
         "The decision of `at` (ms), journalled, and its orders."
         final = time.time() if self.stepped else self.follower.grew
-        await self.renew()
         await self.gather(at)
         symbols = self.s.data.symbols
         seen = {x: self.feed.md(x) for x in symbols}
@@ -406,7 +422,7 @@ class Runner:
     async def gather(self, at: int) -> None:
         "Bring what is missing for a decision at `at` (ms), as far as the venue answers in time."
         async def all_of_it() -> None:
-            if at % (8 * HOUR) == 0: await self.follower.slow_facts()      # a rate is settled at this very moment
+            if at % (8 * HOUR) == 0: await self.follower.funding()      # a rate is settled at this very moment
             for _ in range(self.follower.tries):     # whatever is in doubt is asked for; what REST does not tell either is not there
                 if not await self.follower.mend(): break
             await self.follower.flush()
@@ -488,10 +504,10 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
     beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended), _every(ended, RULES, r.renew_rules), _every(ended, r.s.data.time_sync, r.sync))]
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
-            r.follower.changed.clear()
             changed = asyncio.create_task(r.follower.changed.wait())
             await asyncio.wait({following, changed}, timeout=BEAT, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
+            r.follower.changed.clear()      # here: what changes while we tend wakes us at once
             for task in (following, *beside):
                 if task.done(): task.result()      # a fault that no other try cures
             await r.tend()

@@ -137,7 +137,7 @@ def test_a_runner_takes_the_new_champion_at_its_next_decision(rival: Job, demo: 
 
     def newest(used: str):
         calls.append(used)
-        if len(calls) == 3: champions._crown(at, at.challenger, second, "promoted", "for the test")
+        if len(calls) == 20: champions._crown(at, at.challenger, second, "promoted", "for the test")
         return None if hash_of(at.models) == used else load_predictor(at.models, demo.job.s)
 
     runner, told, *_ = asyncio.run(session(demo, tmp_path, "paper", 60, predictor=load_predictor(at.models, demo.job.s), newest=newest))
@@ -247,7 +247,7 @@ def test_metrics_of_the_models(demo: Demo) -> None:
     registry.register(ModelMetrics(f))
     assert b"realdeal_drift NaN" in generate_latest(registry), "nothing is known before the first bar"
     p = read_panel(job, job.span()[0], job_blocks(job).edges["test"][0])
-    f.stability, f.judged = predictor.stability(p), (predictor.model_hash, int(p.times[-1]))
+    f.stability, f.judged = predictor.stability(p), (predictor.model_hash, int(p.times[-1]), 0)
     told = generate_latest(registry).decode()
     assert f'realdeal_model{{hash="{predictor.model_hash}"}} 1.0' in told and 'realdeal_drift_index{input="ret_1d"}' in told
     assert float(told.split("\nrealdeal_drift ")[1].split()[0]) == f.stability.at(int(p.times[-1])), "the day that is decided on, not the next"
