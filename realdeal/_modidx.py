@@ -280,6 +280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'realdeal.drill.Life.__init__': ('drill.html#life.__init__', 'realdeal/drill.py'),
                                 'realdeal.drill.Life.live': ('drill.html#life.live', 'realdeal/drill.py'),
                                 'realdeal.drill.Tally': ('drill.html#tally', 'realdeal/drill.py'),
+                                'realdeal.drill.Tally.add': ('drill.html#tally.add', 'realdeal/drill.py'),
                                 'realdeal.drill.Told': ('drill.html#told', 'realdeal/drill.py'),
                                 'realdeal.drill.Uptime': ('drill.html#uptime', 'realdeal/drill.py'),
                                 'realdeal.drill._kill_later': ('drill.html#_kill_later', 'realdeal/drill.py'),

@@ -354,17 +354,24 @@ class Tally:
     starts: list[float] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
+    def add(self, kills: int, found: Findings, orders: int, started: Sequence[float]) -> None:
+        "One round more."
+        for k in ('duplicates', 'orphans', 'failed', 'unresolved', 'fills_missing'): setattr(self, k, getattr(self, k) + getattr(found, k))
+        self.position_difference, self.commits = max(self.position_difference, found.position_difference), sorted({*self.commits, code_version(Path(__file__).parent)})
+        self.kills, self.rounds, self.orders = self.kills + kills, self.rounds + 1, self.orders + orders
+        self.starts, self.examples = [*self.starts, *started], [*self.examples, *found.examples][:50]
+
 async def run_random_kills(s: Settings, folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
     "Kill runners at random moments until there were `kills` of them, those of earlier commands included."
     file = folder / 'kills.json'
     t = Tally(**_read(file))
-    while t.kills < kills:
-        n, execution = min(ROUND, kills - t.kills), ('maker', 'taker')[t.rounds % 2]
-        found, orders, started = await _round(s, folder / 'round', n, seed + t.rounds, execution, say)   # type: ignore[arg-type]
-        for k in ('duplicates', 'orphans', 'failed', 'unresolved', 'fills_missing'): setattr(t, k, getattr(t, k) + getattr(found, k))
-        t.position_difference, t.commits = max(t.position_difference, found.position_difference), sorted({*t.commits, code_version(Path(__file__).parent)})
-        t.kills, t.rounds, t.orders, t.starts, t.examples = t.kills + n, t.rounds + 1, t.orders + orders, [*t.starts, *started], [*t.examples, *found.examples][:50]
-        write_atomic(file, json.dumps(asdict(t)) + '\n')
+    # Two markets at once: of emulator and runner one waits for the other.
+    while rounds := [(min(ROUND, left), t.rounds + i) for i in range(2) if (left := kills - t.kills - i * ROUND) > 0]:
+        ended = await asyncio.gather(*[_round(s, folder / f'round-{i % 2}', n, seed + i, EXECUTIONS[i % 2], say) for n, i in rounds], return_exceptions=True)
+        for (n, _), told in zip(rounds, ended, strict=True):
+            if isinstance(told, BaseException): raise told
+            t.add(n, *told)
+            write_atomic(file, json.dumps(asdict(t)) + '\n')
         say(f'{t.kills} of {kills} kills, {t.orders} orders: {t.duplicates} twice, {t.orphans} orphaned, {t.failed} failed, {t.unresolved} open; restart {np.median(t.starts):.1f} s, at most {max(t.starts):.1f}')
     clean = not (t.duplicates or t.orphans or t.failed or t.unresolved or t.fills_missing or t.position_difference > TOLERANCE)
     return {'passed': clean and t.orders > 0, **{k: v for k, v in asdict(t).items() if k != 'starts'}, 'restart_s': {'p50': float(np.median(t.starts)), 'max': max(t.starts)}}
