@@ -38,6 +38,9 @@ def main() -> None:
         errors.print(f"[red]Missing[/]: this command needs {e.name}, which the base install has not: pip install 'realdeal\\[research]'", highlight=False, soft_wrap=True)
         sys.exit(Missing.exit_code)
     except KeyboardInterrupt: sys.exit(130)
+    finally:
+        # Worker processes that wait for more are ended at once: taking leave of each took more than a second.
+        if pools := sys.modules.get('joblib.externals.loky'): pools.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 Config = Annotated[Path | None, typer.Option('--settings', help='The settings.ini to read; default: found upwards from here.')]
 SourceOf = Annotated[Source, typer.Option('--source', help='Where the candles are from.')]
