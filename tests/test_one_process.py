@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Demo
+from conftest import Demo, realdeal
 from test_runner_faults import runner
 from test_desk import BTC, emulator
 
@@ -24,6 +24,7 @@ from realdeal.emulator import emulator_process
 from realdeal.live import crashing, run_live
 from realdeal.provenance import places
 from realdeal.settings import Settings, read_settings
+from realdeal.store import Journal
 from realdeal.types import MINUTE, BadSetting, Observed, Refused, Retry, Stop
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT")
@@ -89,6 +90,34 @@ async def test_seen_and_killed(demo: Demo, tmp_path: Path, monkeypatch: pytest.M
         assert told["failed_orders"] == 0 and told["decisions"] >= 1 and any("stopping" in x for x in said)
     log = next(s.data_dir.rglob("*-testnet.jsonl")).read_text()
     assert "planted-secret" not in log and token not in log and "the button" in log
+
+
+async def test_a_halted_runner_goes_on_when_its_owner_says_so(demo: Demo, tmp_path: Path) -> None:
+    """Somebody takes coins out of the account: the symbol is halted, and traded again after `realdeal adopt`, which needs a reason."""
+    plan, said = DrillPlan(24, 60, "none", 5, SYMBOLS, execution="taker"), []
+    s = ready(demo, tmp_path, plan)
+    settings = ("--settings", str(tmp_path / "home" / "settings.ini"))
+    async with emulator_process(plan.emulator_args(plan.begin - 1)) as url, living(s, url, said, port=0) as task:
+        page = (await until(lambda: next((x for x in said if x.startswith("page: ")), None), task)).split()[1]
+        address, token = page.split("#token=")
+        async with aiohttp.ClientSession(headers={"X-Realdeal-Token": token}) as http:
+            async def halted(wanted: bool) -> set[str]:
+                for _ in range(800):
+                    async with http.get(f"{address}state") as r: found = {x["symbol"] for x in (await r.json())["feeds"] if x["halted"]}
+                    if bool(found) is wanted: return found
+                    await asyncio.sleep(0.05)
+                raise AssertionError(f"halted: {found}")
+            assert not await halted(False)
+            assert (await asyncio.to_thread(realdeal, "adopt", "--why", "nothing yet", *settings)).returncode == 66
+            async with aiohttp.ClientSession() as other, other.post(f"{url}/emulator/transfer?account=emulator-main&asset=ETH&amount=0.5") as r: assert r.status == 200, await r.text()
+            assert await halted(True) == {"ETH/USDT"}
+            assert (await asyncio.to_thread(realdeal, "adopt", "--why", " ", *settings)).returncode == 77
+            told = await asyncio.to_thread(realdeal, "adopt", "--why", "a gift", *settings)
+            assert told.returncode == 0 and "testnet" in told.stdout, told.stderr
+            assert not await halted(False)
+    journal = Journal(next(s.data_dir.rglob("*-testnet.sqlite")))
+    assert any(x["kind"] == "adopted" and "a gift" in x["text"] for x in journal.rows("incidents", "wall"))
+    journal.close()
 
 
 async def test_step_by_step(demo: Demo, tmp_path: Path) -> None:
