@@ -25,10 +25,10 @@ from .store import Journal, StoreKey, write_atomic
 from .types import DAY, MINUTE, Fill, Missing, Order, OrderStatus, Stop
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'Stage', 'STAGES', 'WARM', 'STAND_DOWN', 'UPTIME', 'KILL_MS', 'MINUTES', 'ROUND', 'LONGEST', 'EXECUTIONS',
-           'ONLY_MAKERS', 'Findings', 'judge', 'Uptime', 'uptime', 'DrillPlan', 'drill_settings', 'lend_models',
-           'Drill', 'run_drill', 'Life', 'step_plan', 'step_args', 'Told', 'live_through', 'told_by', 'unlike',
-           'run_crash_points', 'Tally', 'run_random_kills', 'run_crashes']
+__all__ = ['TOLERANCE', 'Stage', 'STAGES', 'WARM', 'LEAD', 'STAND_DOWN', 'UPTIME', 'KILL_MS', 'MINUTES', 'ROUND', 'LONGEST',
+           'EXECUTIONS', 'ONLY_MAKERS', 'Findings', 'judge', 'Uptime', 'uptime', 'DrillPlan', 'drill_settings',
+           'lend_models', 'Drill', 'run_drill', 'Life', 'step_plan', 'step_args', 'Told', 'live_through', 'told_by',
+           'unlike', 'run_crash_points', 'Tally', 'run_random_kills', 'run_crashes']
 
 # %% ../nbs/42_drill.ipynb #ab457fd7
 class Findings(NamedTuple):
@@ -116,6 +116,7 @@ def lend_models(s: Settings, to: Path) -> None:
     shutil.copytree(found, to, dirs_exist_ok=True)
 
 # %% ../nbs/42_drill.ipynb #fd9057f6
+LEAD = 5.0             # s of the wall from the start to the first decision: at real speed half an hour has three of them, or two
 STAND_DOWN = 60.0      # s of the wall within which a killed runner must have seen at the venue that nothing is open
 
 class Drill:
@@ -139,7 +140,7 @@ class Drill:
     async def run(self) -> dict[str, Any]:
         "Everything; the result."
         plan, began = self.plan, time.monotonic()
-        async with emulator_process(plan.emulator_args(plan.begin - 1)) as url, aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(60)) as http:
+        async with emulator_process(plan.emulator_args(plan.begin - round(LEAD * 1000 * plan.speed))) as url, aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(60)) as http:
             runner = self.runner(url)
             kept, told = asyncio.create_task(runner.keep()), time.monotonic()
             due = [plan.begin + int((k + 1) * (plan.end - plan.begin) / (plan.kills + 1)) for k in range(plan.kills)]
