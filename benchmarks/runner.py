@@ -23,7 +23,7 @@ from realdeal.soak import calm_env
 from realdeal.training import train
 from realdeal.types import HOUR, MINUTE
 
-EARLY = 1.0      # minutes of the wall from the start to the first decision: a runner that begins has three weeks of candles to bring
+EARLY = 3.0      # minutes of the wall from the start to the first decision: a runner that begins has three weeks of candles to bring, and should have heard a whole minute
 COINS = "BTC ETH SOL XRP ADA DOGE LTC DOT LINK AVAX".split()
 
 

@@ -269,7 +269,9 @@ class Runner:
         await self.catch_up(self.follower.began)      # what passed meanwhile
         # After a crash the newest decision that is due and was not made is made late.
         now = self.venue.clock.now()
-        self.due = max(last + self.every, now // self.every * self.every) if last else -(-now // self.every) * self.every
+        first = self.journal.fact('first') or -(-now // self.every) * self.every      # the first decision of all
+        self.journal.put_fact('first', first)
+        self.due = max(last + self.every if last else first, now // self.every * self.every)
         self.curve.extend((d['time'], _equity_of(d)) for d in self.journal.rows(f'(select * from decisions where time > {last - 7 * DAY})', 'time'))
         if self.memory.pending: self.say(f'{len(self.memory.pending)} orders were open: asking what became of them')
         await self.desk.take_up()
@@ -386,7 +388,8 @@ class Runner:
 
     async def step(self, at: int) -> None:
         "The decision of `at` (ms), journalled, and its orders."
-        final = time.time() if self.stepped else self.follower.grew
+        # A decision that waits for no bar any longer counts from here.
+        final = self.follower.grew if not self.stepped and all(self.knows(x, at) for x in self.s.data.symbols) else time.time()
         await self.gather(at)
         symbols = self.s.data.symbols
         seen = {x: self.feed.md(x) for x in symbols}
