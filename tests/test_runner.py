@@ -40,7 +40,7 @@ async def test_a_drill_on_the_testnet(demo: Demo, tmp_path: Path, monkeypatch: p
     told, said = await drilled(demo, tmp_path / "drill", monkeypatch, stage="testnet")
     assert told["passed"], (told, said[-5:])
     assert told["orders"] >= 3 and set(told["faults"]) == set(FAULTS.split(",")) and len(told["kills"]) == 1
-    assert told["memory_mib"]["peak"] <= 400, "two symbols and both models: 285 are usual"
+    assert told["memory_mib"]["peak"] < 400, "two symbols and both models: 285 are usual"
 
 
 async def test_a_drill_on_paper(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ async def test_a_drill_on_paper(demo: Demo, tmp_path: Path, monkeypatch: pytest.
     assert told["passed"] and told["by_status"].get("filled"), (told, said[-5:])
 
 
-@pytest.mark.parametrize(("execution", "points"), [("taker", ["decided:1", "journalled:1", "after the wire:1", "polled:1"]), ("maker", ["before the wire:1", "kept:2", "before the cancel:1", "meant:1"])])
+@pytest.mark.parametrize(("execution", "points"), [("taker", ["decided:1", "decided:2", "journalled:1", "after the wire:1", "polled:1"]), ("maker", ["before the wire:1", "kept:2", "before the cancel:1", "meant:1"])])
 async def test_killed_at_every_step(demo: Demo, tmp_path: Path, execution, points) -> None:
     told = await run_crash_points(settings(demo), tmp_path, points, 7, execution, lambda text: None)
     assert told["passed"] and told["orders"] >= 3, told
