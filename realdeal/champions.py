@@ -4,6 +4,7 @@
 
 # %% ../nbs/45_champions.ipynb #5a7791b9
 from __future__ import annotations
+import tempfile
 from datetime import datetime, UTC
 from pathlib import Path
 import numpy as np
@@ -18,7 +19,7 @@ from .training import audit_passed, audited_code, models_lock, training
 from .types import DAY, BadData, Missing, Refused
 
 # %% auto #0
-__all__ = ['LEAST_JUDGED', 'hash_of', 'model_folder', 'rollback', 'compare', 'promote']
+__all__ = ['SAME', 'LEAST_JUDGED', 'hash_of', 'model_folder', 'rollback', 'export', 'compare', 'promote']
 
 # %% ../nbs/45_champions.ipynb #90149823
 def hash_of(folder: Path) -> str:
@@ -65,9 +66,25 @@ def _rollback(places: Places, why: str, to: str) -> Event:
         found = [f for f in sorted(places.archive.glob(f'{to}*')) if f.is_dir()]
         if len(found) != 1: raise Missing(f'{places.archive}: {len(found)} models whose hash begins with {to}; there are {", ".join(f.name for f in sorted(places.archive.glob("*"))) or "none"}')
         before = found[0].name
-    else: before = next((e.before for e in reversed(history) if e.what == 'promoted' and e.model == hash_of(places.models)), '')
+    else: before = next((e.before for e in reversed(history) if e.what != 'rolled back' and e.model == hash_of(places.models)), '')
     if not before: raise Missing(f'{places.models}: there was no champion before this one')
     return _crown(places, model_folder(places, before), before, 'rolled back', why)
+
+# %% ../nbs/45_champions.ipynb #90bb2f5e
+SAME = 1e-5     # log odds and standard deviations by which a twin may differ from the one before
+
+def export(places: Places, s: Settings) -> Event:
+    "Export the champion's networks anew. Refused when that changes nothing, or what they say."
+    from realdeal.tft import export_onnx, load_pt, twins_differ
+    with models_lock(places):
+        champion, manifest = load_predictor(places.models, s), read_manifest(places.models)
+        files = {n: read_verified(places.models, n, manifest)[0] for n in manifest.files}
+        old, new = files['best_tft.onnx'], export_onnx(load_pt(files['best_tft.pt']))
+        if new == old: raise Refused(f'{champion.model_hash}: its twin is what this program exports')
+        if (off := twins_differ(old, new)) > SAME: raise Refused(f'{champion.model_hash}: exported anew its networks say something else, by {off:.2g}; at most {SAME} is allowed: train again')
+        with tempfile.TemporaryDirectory() as folder:
+            save_models(Path(folder), {**files, 'best_tft.onnx': new}, champion.provenance)
+            return _crown(places, Path(folder), hash_of(Path(folder)), 'exported', f'the same networks, exported anew: what they say differs by {off:.1g} at most')
 
 # %% ../nbs/45_champions.ipynb #1ca202c4
 LEAST_JUDGED = 5 * DAY

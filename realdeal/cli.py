@@ -18,8 +18,8 @@ from .types import BadData, BadSetting, Missing, RealdealError, Refused
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'Config', 'SourceOf', 'Days', 'TestDays', 'ReserveDays', 'Trials', 'Epochs', 'Market',
            'Hours', 'Quotes', 'Json', 'SIMULATED', 'DEMO', 'Why', 'main', 'demo', 'run', 'ingest', 'quality', 'import_',
-           'train', 'audit', 'promote', 'rollback', 'retrain', 'walk', 'features', 'backtest', 'report', 'kpi',
-           'emulator', 'live', 'kill', 'resume', 'adopt', 'stage', 'drill', 'soak']
+           'train', 'audit', 'promote', 'rollback', 'export', 'retrain', 'walk', 'features', 'backtest', 'report',
+           'kpi', 'emulator', 'live', 'kill', 'resume', 'adopt', 'stage', 'drill', 'soak']
 
 # %% ../nbs/48_cli.ipynb #78ce8a39
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='rich', pretty_exceptions_enable=False,
@@ -185,6 +185,14 @@ def rollback(why: Annotated[str, typer.Option(help='The reason, which the manife
     "Bring back an earlier champion. A runner takes it at its next decision."
     from realdeal import champions
     event = champions.rollback(places(read_settings(config), source), why, to)
+    _say(event.model_dump_json(indent=1) if as_json else f'champion {event.model} in place of {event.before}: {event.why}')
+
+@app.command(epilog='Example: [bold]realdeal export --source recorded[/], after an update of this program')
+def export(source: SourceOf = 'recorded', config: Config = None, as_json: Json = False) -> None:
+    "Export the champion's networks anew as ONNX, which a later version of this program may do faster; what they say stays. A runner takes them at its next decision. Exit code 77 when there is nothing to change."
+    from realdeal import champions
+    s = read_settings(config)
+    event = champions.export(places(s, source), s)
     _say(event.model_dump_json(indent=1) if as_json else f'champion {event.model} in place of {event.before}: {event.why}')
 
 @app.command(epilog='Example: [bold]realdeal retrain --source exchange --every 7[/], beside [bold]realdeal live[/]')

@@ -119,8 +119,7 @@ class LgbmMember:
         return out
 
 class SequenceMember:
-    "The ONNX twin of a network, batch of one (a dynamic batch axis exports wrongly). Runs of more than `MANY` rows use all cores."
-    MANY = 64
+    "The ONNX twin of a network, batch of one (a dynamic batch axis exports wrongly). Several rows use all cores."
     def __init__(self, content: bytes):
         import onnxruntime as ort
         options = ort.SessionOptions()
@@ -148,9 +147,9 @@ class SequenceMember:
                 at = int(rows[speak[i]]) - first + 1
                 out[speak[i]] = self._session.run(None, {'encoder': Z[None, at - f.steps:at], 'decoder': ahead_of[i:i + 1]})[0][0]
         every, cores = np.arange(len(speak)), os.cpu_count() or 1
-        if len(every) <= self.MANY: run(every)
+        if len(every) < 2: run(every)
         else:
-            with ThreadPoolExecutor(cores) as pool: list(pool.map(run, np.array_split(every, 8 * cores)))
+            with ThreadPoolExecutor(cores) as pool: list(pool.map(run, np.array_split(every, min(len(every), 8 * cores))))
         return out
 
     def say(self, p: Panel, rows: np.ndarray, texts: Texts) -> np.ndarray:

@@ -219,17 +219,17 @@ def catalogue(features: Sequence[Feature] = FEATURES) -> str:
 def _span(minutes: int) -> str: return ' '.join(f'{n} {unit}' for n, unit in ((minutes // 1440, 'd'), (minutes // 60 % 24, 'h'), (minutes % 60, 'min')) if n)
 
 # %% ../nbs/17_features.ipynb #402e40cd
-def as_of(frame: pl.DataFrame, facts: pl.DataFrame, columns: Sequence[str], max_age: int) -> pl.DataFrame:
-    """`frame` with `columns` of the newest fact published at or before each row's time, null where it is older than `max_age` (ms) or none is there.
+def as_of(times: np.ndarray, facts: pl.DataFrame, columns: Sequence[str], max_age: int) -> np.ndarray:
+    """The `columns` (n, c) of the newest fact published at or before each of `times` (n,) ms, nan where it is older than `max_age` (ms) or none is there.
 
-    Both have a column `time` in ms; that of `facts` is when the fact was PUBLISHED. Two facts of one time: the later row counts.
+    The column `time` (ms) of `facts` is when the fact was PUBLISHED. Two facts of one time: the later row counts.
     """
     if missing := [c for c in ('time', *columns) if c not in facts.columns]: raise BadData(f'facts: no column {", ".join(missing)}; there are {", ".join(facts.columns)}')
-    if double := [c for c in columns if c in frame.columns]: raise BadData(f'facts: the frame has a column {", ".join(double)} already')
-    if not frame['time'].is_sorted(): raise BadData('as_of: the rows must be sorted by time')
-    known = facts[['time', *columns]]
-    if not known['time'].is_sorted(): known = known.sort('time', maintain_order=True)
-    return frame.join_asof(known, on='time', strategy='backward', tolerance=max_age)
+    known = facts if facts['time'].is_sorted() else facts.sort('time', maintain_order=True)
+    published = np.append(-np.inf, known['time'].to_numpy())      # before all others: nothing is known
+    at = np.searchsorted(published, times, side='right') - 1
+    values = np.stack([np.append(np.nan, known[c].to_numpy()) for c in columns], axis=1)
+    return np.where((times - published[at] <= max_age)[:, None], values[at], np.nan)
 
 # %% ../nbs/17_features.ipynb #0199b1b8
 @dataclass(frozen=True)
@@ -302,14 +302,13 @@ def _panel(symbols: Sequence[str], times: np.ndarray, cube: np.ndarray, facts: S
     n = len(symbols)
     x = _named(cube) | {'time': np.broadcast_to(times, (n, len(times)))}
     skip = 0 if start is None else int(np.searchsorted(times, start))
-    rows = pl.DataFrame({'time': times[skip:]})
-    known = np.stack([as_of(rows, f, list(_FUNDING), FUNDING_EVERY + STEP)[:, 1:].to_numpy() for f in facts])
+    known = np.stack([as_of(times[skip:], f, list(_FUNDING), FUNDING_EVERY + STEP) for f in facts])
     made = _evaluate(x, _BESIDE | {f.name: f.expr for f in features}, skip, dict(zip(_FUNDING, known.transpose(2, 0, 1), strict=True))).to_numpy()
     X = made[:, len(_BESIDE):].copy()
     X[~np.isfinite(X)] = np.nan
     for j, f in enumerate(features): X.reshape(n, -1, len(features))[:, :max(0, f.warmup - skip), j] = np.nan
     close, high, low, sigma, real, real_day = made[:, :len(_BESIDE)].T.copy()
-    return Panel(tuple(symbols), np.tile(times[skip:], n), np.repeat(np.arange(n), len(rows)), X, close, high, low, sigma, (real == 1) & (real_day > _TRADED_DAY), tuple(f.name for f in features))
+    return Panel(tuple(symbols), np.tile(times[skip:], n), np.repeat(np.arange(n), len(times) - skip), X, close, high, low, sigma, (real == 1) & (real_day > _TRADED_DAY), tuple(f.name for f in features))
 
 def _evaluate(x: Mapping[str, np.ndarray], exprs: Mapping[str, pl.Expr], skip: int = 0, more: Mapping[str, np.ndarray] | None = None) -> pl.DataFrame:
     "`exprs` on columns of `x` (symbol, time) and windows of them, from row `skip` on, and on `more` of these rows; symbols one below the other."
@@ -318,7 +317,8 @@ def _evaluate(x: Mapping[str, np.ndarray], exprs: Mapping[str, pl.Expr], skip: i
     wanted = [(m[0], m[1], m[2], int(m[3])) for c in sorted(roots - made.keys()) if (m := _WINDOW.fullmatch(c))]
     for kinds, ufunc in ((('sum', 'mean', 'root'), np.add), (('max',), np.maximum), (('min',), np.minimum)):
         ask = [(name, c, kind, n) for name, c, kind, n in wanted if kind in kinds]
-        reach = {c: max(n for _, other, _, n in ask if other == c) for _, c, _, _ in ask}
+        reach = dict[str, int]()
+        for _, c, _, n in ask: reach[c] = max(n, reach.get(c, 0))
         for far in sorted(set(reach.values())):      # together those that look back equally far, and no farther
             columns, these = [c for c in reach if reach[c] == far], [a for a in ask if reach[a[1]] == far]
             first = max(0, skip - far + 1)

@@ -413,7 +413,7 @@ class Runner:
         self.took['decision'].add(max(0.0, time.time() - final) * 1000)
         self.memory.state = state
         self.curve.append((at, snap.equity))
-        for i in intents: self.say(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}')
+        if intents: self.say('\n'.join(f'{utc(at)}  {i.side} {i.amount} {i.symbol}: {decision.reasons[i.symbol]}' for i in intents))
         await self.desk.send(*intents)
         for left in self.orders.client.left if self.orders and intents else ():
             if left >= final: self.took['order'].add((left - final) * 1000)

@@ -104,7 +104,7 @@ class Event(BaseModel):
     "A change of champion: `at` (ISO 8601), the hashes of the new and the old model ('' for none), and the reason."
     model_config = ConfigDict(frozen=True, extra='forbid')
     at: str
-    what: Literal['promoted', 'rolled back']
+    what: Literal['promoted', 'rolled back', 'exported']
     model: str
     before: str
     why: str

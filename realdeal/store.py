@@ -153,6 +153,7 @@ TRADES: FrameSchema = {'time': pl.Int64, 'price': pl.Float64, 'amount': pl.Float
 # trades: how many; lag, known: ms, see Minute; built_*: the bar that the trades build.
 EVIDENCE: FrameSchema = {'time': pl.Int64, 'trades': pl.Int64, 'proof': pl.String, 'cause': pl.String, 'lag': pl.Int64, 'known': pl.Int64,
     **{f'built_{n}': pl.Float64 for n in ('open', 'high', 'low', 'close', 'volume')}}
+_FORM = 1      # of the tables: a tail that says so has them
 # A row number is never used twice: compaction deletes by it.
 _TAIL = f'''
     pragma journal_mode=wal;
@@ -162,6 +163,7 @@ _TAIL = f'''
     create index if not exists trades_by_time on trades (symbol, time);
     create table if not exists sessions (start integer primary key, body text not null);
     create table if not exists frontiers (symbol primary key, time integer not null);
+    pragma user_version={_FORM};
 '''
 
 class StoreKey(BaseModel):
@@ -200,7 +202,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             db = sqlite3.connect(file, timeout=30)
-            db.executescript(_TAIL)
+            if db.execute('pragma user_version').fetchone() != (_FORM,): db.executescript(_TAIL)
             with db: yield db
         except (OSError, sqlite3.OperationalError) as e: raise NotWritten(f'{file}: cannot be written or read: {e}; nothing was changed') from None
         except sqlite3.DatabaseError as e:

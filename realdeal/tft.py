@@ -4,9 +4,10 @@
 
 # %% ../nbs/25_tft.ipynb #2b1b39cc
 from __future__ import annotations
-import hashlib, json, logging, signal, sys, tempfile, time, warnings
+import hashlib, json, logging, math, signal, sys, tempfile, time, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -33,7 +34,7 @@ from .types import BadData, Missing
 __all__ = ['Batch', 'Kind', 'Precision', 'OUTPUTS', 'NETWORKS', 'OPSET', 'Windows', 'HParams', 'Tft', 'Lstm', 'Linear',
            'make_network', 'quiet', 'one_thread', 'SequenceModel', 'Shuffled', 'pinball', 'Learner', 'Diary',
            'training_name', 'find_checkpoint', 'fit_network', 'calibrated', 'save_pt', 'load_pt', 'export_onnx',
-           'attention_and_weights']
+           'twins_differ', 'attention_and_weights']
 
 # %% ../nbs/25_tft.ipynb #47a70f02
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]    # encoder, decoder, y, path
@@ -444,9 +445,99 @@ class _Together(nn.Module):
         self.nets = nn.ModuleList(nets)
     def forward(self, encoder: Tensor, decoder: Tensor) -> Tensor: return torch.stack([n(encoder, decoder) for n in self.nets]).mean(0)
 
+class _AsOne(nn.Module):
+    """What `_Together` says of one window, for transformers that select among several variables on both sides. Equations as in Lim et al. 2021, https://doi.org/10.1016/j.ijforecast.2021.03.012.
+
+    Tensors are (networks, rows, width), or (networks, variables, rows, width); a layer is named by its path within a network, or by the paths of those of all variables.
+    """
+    def __init__(self, nets: Sequence[Tft]):
+        super().__init__()
+        self.nets, self.place, self.ahead = [deepcopy(n.net).eval().requires_grad_(False) for n in nets], nets[0].place, nets[0].net.ahead
+
+    def of(self, at: str | Sequence[str], values: str) -> Tensor:
+        "Weights (networks, ...), or (networks, variables, ...)."
+        paths = [at] if isinstance(at, str) else at
+        all_of_them = torch.stack([torch.stack([n.get_parameter(f'{p}.{values}') for p in paths]) for n in self.nets])
+        return all_of_them[:, 0] if isinstance(at, str) else all_of_them
+
+    def constant(self, module: str) -> Tensor:
+        "What a layer for facts that never change says where there are none (networks, 1, hidden)."
+        return torch.stack([n.get_submodule(module)(torch.zeros(1, n.hparams.hidden_size)) for n in self.nets])
+
+    def linear(self, z: Tensor, at: str | Sequence[str], bias: bool = True) -> Tensor:
+        out = z @ self.of(at, 'weight').transpose(-2, -1)
+        return out + self.of(at, 'bias')[..., None, :] if bias else out
+
+    def normed(self, z: Tensor, at: str | Sequence[str]) -> Tensor:
+        return F.layer_norm(z, z.shape[-1:]) * self.of(at, 'norm.weight')[..., None, :] + self.of(at, 'norm.bias')[..., None, :]
+
+    def gated(self, z: Tensor, skip: Tensor, at: str) -> Tensor:
+        "GateAddNorm."
+        return self.normed(F.glu(self.linear(z, f'{at}.glu.fc'), -1) + skip, f'{at}.add_norm')
+
+    def behind(self, z: Tensor, skip: Tensor, at: str | Sequence[str]) -> Tensor:
+        "What a GatedResidualNetwork does behind its first layer: the second one and the gate's, which are one, the gate, and the norm."
+        gate, second = self.of(at, 'gate_norm.glu.fc.weight'), self.of(at, 'fc2.weight')
+        bias = (gate @ self.of(at, 'fc2.bias')[..., None])[..., 0] + self.of(at, 'gate_norm.glu.fc.bias')
+        out = F.glu(z @ (gate @ second).transpose(-2, -1) + bias[..., None, :], -1) + skip
+        return self.normed(out, f'{at}.gate_norm.add_norm' if isinstance(at, str) else [f'{x}.gate_norm.add_norm' for x in at])
+
+    def residual(self, z: Tensor, at: str, context: Tensor | None = None) -> Tensor:
+        "GatedResidualNetwork, as wide as what comes in."
+        first = self.linear(z, f'{at}.fc1')
+        return self.behind(F.elu(first if context is None else first + self.linear(context, f'{at}.context', bias=False)), z, at)
+
+    def selection(self, seen: Tensor, side: str) -> Tensor:
+        "Variables (rows, variables) -> their selection (networks, rows, hidden)."
+        chosen = self.nets[0].get_submodule(side)
+        each, flat = [f'{side}.single_variable_grns.{v}' for v in chosen.names], f'{side}.flattened_grn'
+        w, b = (self.of([f'{side}.prescalers.{v}' for v in chosen.names], x) for x in ('weight', 'bias'))
+        n, v, c = b.shape
+        def line(a: Tensor, at_zero: Tensor) -> Tensor: return seen.T[..., None] * a[:, :, None] + at_zero[:, :, None]       # of each variable, from (networks, variables, width)
+        def plane(m: Tensor) -> Tensor: return seen @ (m * w[:, None, ..., 0]).sum(-1).transpose(1, 2) + (m * b[:, None]).sum((-2, -1))[:, None]      # of all of them, from (networks, width, variables, continuous)
+        def stretch(grn: nn.Module, width: int) -> Tensor: return grn.resample_norm.resample(torch.eye(width))       # type: ignore[operator, union-attr]
+        def mask(at: str | Sequence[str]) -> Tensor: return 2 * torch.sigmoid(self.of(at, 'resample_norm.mask'))
+        first = self.of(each, 'fc1.weight')
+        z, skip = F.elu(line((first @ w)[..., 0], (first @ b[..., None])[..., 0] + self.of(each, 'fc1.bias'))), line(w[..., 0], b)
+        if hasattr(grn := chosen.single_variable_grns[chosen.names[0]], 'resample_norm'):
+            wider = stretch(grn, c)
+            skip = self.normed(line(w[..., 0] @ wider * mask(each), b @ wider * mask(each)), [f'{x}.resample_norm' for x in each])
+        out = self.behind(z, skip, each)
+        z = F.elu(plane(self.of(flat, 'fc1.weight').reshape(n, -1, v, c)) + self.of(flat, 'fc1.bias')[:, None] + self.linear(self.constant('static_context_variable_selection'), f'{flat}.context', bias=False))
+        skip = self.normed(plane(stretch(chosen.flattened_grn, v * c).T.reshape(1, -1, v, c) * mask(flat)[..., None, None]), f'{flat}.resample_norm')
+        return (out * torch.softmax(self.behind(z, skip, flat), -1).transpose(1, 2)[..., None]).sum(1)
+
+    def attention(self, z: Tensor, steps: int) -> Tensor:
+        "InterpretableMultiHeadAttention: the rows from `steps` on ask those before them."
+        def heads(x: Tensor, kind: str) -> Tensor: return self.linear(x[:, None], [f'multihead_attn.{kind}.{i}' for i in range(self.nets[0].hparams.attention_head_size)])
+        q, k, at = heads(z[:, steps:], 'q_layers'), heads(z, 'k_layers'), torch.arange(self.ahead)
+        hidden = torch.cat([torch.zeros(self.ahead, steps), torch.where(at >= at[:, None], -torch.inf, 0.0)], dim=1)
+        weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + hidden, -1).mean(1)
+        return self.linear(weights @ self.linear(z, 'multihead_attn.v_layer'), 'multihead_attn.w_h', bias=False)
+
+    def forward(self, encoder: Tensor, decoder: Tensor) -> Tensor:
+        steps, sides = encoder.shape[1], {}
+        for side, x in (('encoder', encoder), ('decoder', decoder @ self.place)):
+            sides[side] = self.selection(x[0][:, [int(v[1:]) for v in self.nets[0].get_submodule(f'{side}_variable_selection').names]], f'{side}_variable_selection')
+        chosen, passed = torch.cat(list(sides.values()), 1), []
+        begin = [self.constant(f'static_context_initial_{x}_lstm') for x in ('hidden', 'cell')]
+        for i, n in enumerate(self.nets):
+            past, state = n.lstm_encoder(sides['encoder'][i:i + 1], tuple(x[i:i + 1] for x in begin))
+            passed.append(torch.cat([past, n.lstm_decoder(sides['decoder'][i:i + 1], state)[0]], 1))
+        local = self.normed(F.glu(self.linear(torch.cat(passed), 'post_lstm_gate_encoder.fc'), -1) + chosen, 'post_lstm_add_norm_encoder')
+        rich = self.residual(local, 'static_enrichment', self.constant('static_context_enrichment'))
+        z = self.gated(self.attention(rich, steps), rich[:, steps:], 'post_attn_gate_norm')
+        z = self.gated(self.residual(z, 'pos_wise_ff'), local[:, steps:], 'pre_output_gate_norm')
+        return self.linear(z, 'output_layer').mean(0, keepdim=True)
+
+def _spoken_by(nets: Sequence[nn.Module]) -> nn.Module:
+    "The networks as one, in the form that takes the least time."
+    def selects(n: nn.Module) -> bool: return isinstance(n, Tft) and all(isinstance(n.net.get_submodule(f'{x}_variable_selection'), _Selection) for x in ('encoder', 'decoder'))
+    return (_AsOne([n for n in nets if isinstance(n, Tft)]) if all(map(selects, nets)) else _Together(nets)).eval()
+
 def export_onnx(model: SequenceModel) -> bytes:
     "An ONNX file's content. Inputs already scaled, float32; metadata `realdeal`: JSON of kind, form, calibration and widen."
-    f, together = model.form, _Together(model.nets).eval()
+    f, together = model.form, _spoken_by(model.nets)
     args = (torch.zeros(1, f.steps, len(f.names)), torch.zeros(1, f.ahead, len(f.known)))
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings(), one_thread(), torch.no_grad():
         warnings.simplefilter('ignore')    # the tracer notes that shapes become constants, which is what we want
@@ -467,6 +558,16 @@ def _simplified(file: str) -> str:
     options.log_severity_level = 3
     ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
     return options.optimized_model_filepath
+
+# %% ../nbs/25_tft.ipynb #5b0e97d3
+def twins_differ(a: bytes, b: bytes, windows: int = 64, seed: int = 7) -> float:
+    "The largest difference between what two ONNX files say of random scaled windows; BadData when they do not read the same."
+    one, other = (ort.InferenceSession(x, providers=['CPUExecutionProvider']) for x in (a, b))
+    shapes = {i.name: i.shape for i in one.get_inputs()}
+    if shapes != (theirs := {i.name: i.shape for i in other.get_inputs()}): raise BadData(f'onnx: one reads {shapes}, the other {theirs}')
+    rng = np.random.default_rng(seed)
+    some = [{k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()} for _ in range(windows)]
+    return max(float(np.abs(one.run(None, x)[0] - other.run(None, x)[0]).max()) for x in some)
 
 # %% ../nbs/25_tft.ipynb #d60ba56f
 def attention_and_weights(model: SequenceModel, p: Panel, rows: np.ndarray | None = None) -> dict[str, Any]:

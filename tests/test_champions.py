@@ -4,17 +4,19 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import polars as pl
 import pytest
 from conftest import Demo, realdeal
 from test_line import session
 
 from realdeal import champions
-from realdeal.champions import hash_of, promote, rollback
+from realdeal.champions import export, hash_of, promote, rollback
 from realdeal.ensemble import BLEND, Blend, blend_bytes, load_predictor, read_manifest, read_verified, save_models
 from realdeal.features import STEP, panel
 from realdeal.featurestore import FeatureStore
@@ -81,6 +83,34 @@ def test_the_first_champion_and_then_only_a_better_one(rival: Job) -> None:
     assert rollback(rival.places, "for the test").model == wrong and hash_of(rival.places.models) == wrong
     with pytest.raises(Refused, match="was rolled back before"): promote(rival)
     assert promote(rival, "it was the exchange's fault").model == event.model
+
+
+def test_a_champion_is_exported_anew_and_says_the_same(rival: Job) -> None:
+    """Nothing to change, an older file of the same networks, one of other networks, and the way back."""
+    promote(rival)
+    with pytest.raises(Refused, match="its twin is what this program exports"): export(rival.places, rival.s)
+    manifest = read_manifest(rival.places.challenger)
+    files = {n: read_verified(rival.places.challenger, n)[0] for n in manifest.files}
+
+    def champion_with(change: Callable[[onnx.ModelProto], None]) -> str:
+        graph = onnx.load_from_string(files["best_tft.onnx"])
+        change(graph)
+        save_models(rival.places.models, {**files, "best_tft.onnx": graph.SerializeToString()}, manifest.files[BLEND].provenance)
+        return hash_of(rival.places.models)
+
+    older = champion_with(lambda graph: setattr(graph, "producer_name", "an older program"))
+    event = export(rival.places, rival.s)
+    assert (event.what, event.before, event.model) == ("exported", older, hash_of(rival.places.challenger)) and "the same networks" in event.why
+    assert [e.what for e in read_manifest(rival.places.models).history] == ["exported"] and load_predictor(rival.places.models, rival.s).model_hash == event.model
+    assert rollback(rival.places, "to see").model == older
+
+    def louder(graph: onnx.ModelProto) -> None:
+        weights = next(w for w in graph.graph.initializer if w.name.endswith("output_layer.weight") or len(w.dims) == 3)
+        weights.raw_data = (onnx.numpy_helper.to_array(weights) * 1.01).tobytes()
+
+    other = champion_with(louder)
+    with pytest.raises(Refused, match="exported anew its networks say something else"): export(rival.places, rival.s)
+    assert hash_of(rival.places.models) == other
 
 
 def test_what_was_judged_is_what_is_crowned(rival: Job) -> None:
