@@ -12,9 +12,9 @@ import numpy as np
 
 from realdeal.broker import CcxtBroker
 from realdeal.desk import KILL, Desk, Switch, remember, resume, throw
-from realdeal.emulator import SIMULATED_START, serve
+from realdeal.emulator import serve
 from realdeal.exchange import Clock, Exchange
-from realdeal.market import generate
+from realdeal.market import SIMULATED_START, generate
 from realdeal.risk import Standing
 from realdeal.settings import Settings
 from realdeal.store import Journal

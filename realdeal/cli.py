@@ -287,7 +287,8 @@ def emulator(market: Market = 'realistic', source: Annotated[Literal['simulated'
         weight: Annotated[int | None, typer.Option(min=1, help='Request weight per endpoint in 10 s; default: 500.')] = None,
         paused: Annotated[bool, typer.Option('--paused', help='Market time stands until a client says POST /emulator/run, as `realdeal ingest` and `realdeal live` do.')] = False, as_json: Json = False) -> None:
     "A loopback exchange that speaks MEXC's REST and WebSocket, for any bot: accounts, matching, user stream, limits."
-    from realdeal.emulator import SIMULATED_START, Limits, serve_emulator
+    from realdeal.emulator import Limits, serve_emulator
+    from realdeal.market import SIMULATED_START
     from realdeal.types import DAY
     if speed != 'step' and not speed.replace('.', '', 1).isdigit(): raise BadSetting(f"--speed {speed}: expected 'step' or a number")
     first = SIMULATED_START if start is None else start

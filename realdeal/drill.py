@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 import aiohttp, numpy as np
 from .desk import kill_file, resume, throw
-from .emulator import SIMULATED_START, emulator_process, with_parent
+from .emulator import emulator_process, with_parent
+from .market import SIMULATED_START
 from .ensemble import MANIFEST
 from .faults import FAULTS, OUTAGES, VENUE_FAULTS, Planned
 from .ingest import ask

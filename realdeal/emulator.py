@@ -24,10 +24,9 @@ from .wire import (INTERVALS, KEY_PREFIX, KINDS, PAGE, PRIVATE, REST_INTERVALS, 
 
 # %% auto #0
 __all__ = ['BUFFER', 'RANK', 'GRACE', 'LAG', 'BEAT', 'TURN', 'LOT', 'TICK', 'MIN_NOTIONAL', 'BALANCES', 'Handler', 'PLACE',
-           'CANCELS', 'CONTRACT', 'FUNDING_RATE', 'SIMULATED_START', 'Limits', 'Throttle', 'Connection', 'Sent', 'Hub',
-           'Clock', 'Arrived', 'Emulator', 'serve', 'Sockets', 'Endpoint', 'response', 'Injected', 'Rest',
-           'spot_public', 'best_of', 'spot_private', 'contract', 'control', 'read_recorded', 'serve_emulator',
-           'with_parent', 'emulator_process']
+           'CANCELS', 'CONTRACT', 'FUNDING_RATE', 'Limits', 'Throttle', 'Connection', 'Sent', 'Hub', 'Clock', 'Arrived',
+           'Emulator', 'serve', 'Sockets', 'Endpoint', 'response', 'Injected', 'Rest', 'spot_public', 'best_of',
+           'spot_private', 'contract', 'control', 'read_recorded', 'serve_emulator', 'with_parent', 'emulator_process']
 
 # %% ../nbs/08_emulator.ipynb #2a29bef7
 @dataclass(frozen=True, slots=True)
@@ -803,8 +802,6 @@ def read_recorded(folder: Path, symbols: Sequence[str], start: int, end: int) ->
     return histories, rates
 
 # %% ../nbs/08_emulator.ipynb #96a85668
-SIMULATED_START = 1_704_067_200_000   # 2024-01-01 UTC, a Monday
-
 async def serve_emulator(*, market: Kind, source: str, symbols: Sequence[str], start: int, end: int, now: int, speed: str, folder: Path | None, port: int, seed: int, as_json: bool,
                          limits: Limits | None = None, trades_per_minute: int | None = None, bursts: int = 0, bursts_after: int | None = None, paused: bool = False) -> None:
     "Serve until cancelled; the first line tells where, as JSON when asked. `bursts` busy minutes come after `bursts_after` (ms), by default after `now`; `paused`: wait for `POST /emulator/run`."

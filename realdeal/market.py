@@ -19,10 +19,11 @@ Ints = NDArray[np.int64]
 
 # %% auto #0
 __all__ = ['Floats', 'Ints', 'TICK', 'LOT', 'TRAITS', 'PLANTED', 'LEADER', 'FOLLOWS', 'LAGS', 'DRIFT', 'DRIFT_LIFE', 'Kind',
-           'PATHS', 'HALTS_PER_DAY', 'FUNDING_EVERY', 'SUMS', 'Row', 'BURST', 'Truth', 'Candles', 'stream', 'slow',
-           'Traits', 'traits', 'Walk', 'volatility', 'null_path', 'planted_path', 'shocks', 'rhythm', 'realistic_path',
-           'rounded', 'candles_of', 'open_minutes', 'generate', 'stretched', 'Funding', 'funding', 'Trade', 'trades_of',
-           'bar_of', 'checksum', 'Tick', 'Minute', 'Tape', 'busy_minutes', 'fold', 'bars_at', 'trades_at', 'truth_of']
+           'SIMULATED_START', 'PATHS', 'HALTS_PER_DAY', 'FUNDING_EVERY', 'SUMS', 'Row', 'BURST', 'Truth', 'Candles',
+           'stream', 'slow', 'Traits', 'traits', 'Walk', 'volatility', 'null_path', 'planted_path', 'shocks', 'rhythm',
+           'realistic_path', 'rounded', 'candles_of', 'open_minutes', 'generate', 'stretched', 'Funding', 'funding',
+           'Trade', 'trades_of', 'bar_of', 'checksum', 'Tick', 'Minute', 'Tape', 'busy_minutes', 'fold', 'bars_at',
+           'trades_at', 'truth_of']
 
 # %% ../nbs/04_market.ipynb #f3149568
 @dataclass(frozen=True, eq=False)
@@ -154,6 +155,7 @@ def realistic_path(symbol: str, start: int, n: int, seed: int) -> Walk:
     return Walk(sigma * (z + DRIFT * drift) - sigma ** 2 / 2, sigma, busy ** 2)
 
 Kind = Literal['null', 'planted', 'realistic']
+SIMULATED_START = 1_704_067_200_000   # 2024-01-01 UTC, a Monday: where simulated markets begin
 PATHS: Mapping[str, Callable[[str, int, int, int], Walk]] = {'null': null_path, 'planted': planted_path, 'realistic': realistic_path}
 
 # %% ../nbs/04_market.ipynb #3a3dad72

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from . import splits
-from .emulator import SIMULATED_START
 from .ensemble import Kept
 from .features import STEP, WARMUP, Panel
 from .featurestore import FeatureStore
-from .market import Kind
+from .market import SIMULATED_START, Kind
 from .provenance import Places, Provenance, Source, day, places
 from .settings import Settings, code_version
 from .splits import LEAST_DAYS, Blocks

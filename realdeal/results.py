@@ -17,13 +17,10 @@ from . import cards, pages
 from .backtest import Difference, Parity, Result, Tape, agree, backtest, costs_of, fold, parity, replay, tally, tape
 from .champions import hash_of, model_folder
 from .decide import State, decide
-from .desk import LATCH, journals_of
-from .emulator import SIMULATED_START, read_recorded
 from .ensemble import EnsemblePredictor, load_predictor
 from .features import STEP, WARMUP_MINUTES, Panel, panel
 from .labels import forward_return
-from .live import figures, history, reach, restless
-from .market import Candles, generate
+from .market import SIMULATED_START, Candles, generate
 from .orders import plan
 from .plan import REPORT_DAYS, Job, code_hash, job_blocks, kept_in, log_reading, market_rules, origin_of, provenance_of, read_panel, readings, report_span, warmup_days
 from .provenance import Places, Provenance, day, guard_place, places, sha256, utc
@@ -206,6 +203,7 @@ def speaker(d: Mapping[str, Any]) -> Speaker: return d['inputs']['model'], bool(
 
 def speakers(decisions: Sequence[Mapping[str, Any]], s: Settings, *where: Places) -> dict[Speaker, EnsemblePredictor]:
     "Who made the decisions, from champions and archives of `where`."
+    from realdeal.live import restless
     found = dict[Speaker, EnsemblePredictor]()
     for model, drill in dict.fromkeys(map(speaker, decisions)):
         one = load_predictor(_folder_of(model, where), s)
@@ -358,6 +356,7 @@ def pinned_embedded(**settings: Mapping[str, Any]) -> Pinned:
 
 def pinned_recorded(job: Job) -> Pinned:
     "The champion over the last ninety recorded days, read from the recorded files themselves. A champion, settings or code that were not accepted yet are a new look at the reserve, which is logged."
+    from realdeal.emulator import read_recorded
     s, predictor, (start, end) = job.s, replace(champion(job), kept=None), report_span(job)
     assert job.recorded is not None
     since = start - predictor.drift_rows * STEP
@@ -446,6 +445,8 @@ class Lived:
 
 def read_session(s: Settings, path: Path) -> Lived:
     "The session of a journal, all of one moment: its runner may be at work."
+    from realdeal.desk import LATCH
+    from realdeal.live import figures
     journal = Journal(path)
     try:
         with journal.transaction():
@@ -460,6 +461,7 @@ def read_session(s: Settings, path: Path) -> Lived:
 
 def find_journal(s: Settings, name: str = '') -> Path:
     "The journal `name` of a runner of these settings, or of the paper session of a job; the newest one without a name."
+    from realdeal.desk import journals_of
     known = {f.stem: f for f in (*places(s, 'recorded').data.glob('sessions/*.sqlite'), *places(s, 'simulated').data.glob('sessions/*.sqlite'), *journals_of(s))}
     if not known: raise Missing('no runner has kept a journal here; start one with `realdeal live`')
     if name and name not in known: raise Missing(f'--session {name}: no such journal; there are {", ".join(sorted(known))}')
@@ -477,6 +479,7 @@ def replayed(x: Lived) -> Parity:
     return told
 
 def _again(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Parity:
+    from realdeal.live import history
     times, by, every = [d['time'] for d in rows], speakers(rows, s, places(s, x.store.key.source), places(s, 'recorded')), s.strategy.decision_every * MINUTE
     first = times[0] - max(y.drift_rows for y in by.values()) * STEP
     candles, funding = history(x.store, s.data.symbols, first - WARMUP_MINUTES * MINUTE, times[-1] + every)
@@ -486,6 +489,7 @@ def _again(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], before: Map
 
 def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: Sequence[Difference]) -> list[Difference]:
     "`found` among the decisions `rows`, each with what explains it."
+    from realdeal.live import reach
     if not found: return []
     every, at = s.strategy.decision_every * MINUTE, {d['time']: d for d in rows}
     evidence = pl.concat([x.store.read_evidence(k, rows[0]['time'] - reach(0), rows[-1]['time'] + every).select('time', 'known', symbol=pl.lit(k)) for k in s.data.symbols])

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 import aiohttp, polars as pl
-from .emulator import SIMULATED_START, emulator_process, with_parent
+from .emulator import emulator_process, with_parent
 from .faults import SETS, VENUE_FAULTS, Planned, chosen, storm
 from .ingest import ask, read_ledger
-from .market import SUMS, Truth, checksum
+from .market import SIMULATED_START, SUMS, Truth, checksum
 from .provenance import places, utc
 from .settings import Settings, code_version, read_settings
 from .store import Store, StoreKey, write_atomic

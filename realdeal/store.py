@@ -337,15 +337,16 @@ class Store:
 
     def news(self, symbols: Iterable[str], start: int, end: int, since: Mark | None) -> tuple[Mark, dict[str, list[tuple[Any, ...]]] | None]:
         "The bars of `symbols`, as rows of CANDLES, that came into the tail since the mark `since`, and a new mark; None instead of bars where more changed in [start, end) (ms) than that, so that all must be read again."
-        parts = [f for s in symbols for f in sorted(self._dir('candles', s).glob('*=*/*.parquet')) if _overlaps(f.parent.name.partition('=')[2], start, end)]
-        rows = dict[str, list[tuple[Any, ...]]]()
+        rows: dict[str, list[tuple[Any, ...]]] = {s: [] for s in symbols}
+        parts = [f for s in rows for f in sorted(self._dir('candles', s).glob('*=*/*.parquet')) if _overlaps(f.parent.name.partition('=')[2], start, end)]
         with self._tail() as db:
             # The tail grows by news alone: only its identity counts. Files are looked at first, so that what comes meanwhile is news of the next time.
             def look() -> tuple[Any, ...]: return (self.folder / 'tail.sqlite').stat().st_ino, *((str(f), at.st_ino, at.st_size, at.st_mtime_ns) for f in parts if (at := f.stat()))
             marks = look()
             follows = since is not None and since.files == marks
             last, top = since.row if since and follows else 0, int(db.execute('select coalesce(max(rowid), 0) from bars').fetchone()[0])
-            for s in symbols: rows[s] = db.execute(f'select {", ".join(CANDLES)} from bars where rowid > ? and rowid <= ? and symbol = ? order by time', (last, top, s)).fetchall()
+            for s, *row in db.execute(f'select symbol, {", ".join(CANDLES)} from bars where rowid > ? and rowid <= ? order by time', (last, top)):
+                if s in rows: rows[s].append(tuple(row))
             follows = follows and look() == marks      # nothing was compacted away meanwhile
         return Mark(max(last, top), marks), rows if follows else None
 

@@ -8,11 +8,10 @@ import polars as pl
 import pytest
 from conftest import Demo
 
-from realdeal.emulator import SIMULATED_START
 from realdeal.audit import World, check_future, our_pipeline
 from realdeal.ensemble import SequenceMember, load_predictor
 from realdeal.features import FEATURES, FUNDING_WINDOW, KNOWN, STEP, WARMUP, Panel, panel, spoil
-from realdeal.market import generate
+from realdeal.market import SIMULATED_START, generate
 from realdeal.settings import read_settings
 from realdeal.types import DAY, MINUTE
 

@@ -28,11 +28,11 @@ from realdeal.broker import CcxtBroker
 from realdeal.decide import State, snapshot
 from realdeal.desk import SEEN, Desk, Reconciler, Switch, adopt, kill_file, remember, resume, throw
 from realdeal.drill import TOLERANCE, judge
-from realdeal.emulator import SIMULATED_START, Emulator, Limits, serve
+from realdeal.emulator import Emulator, Limits, serve
 from realdeal.exchange import Clock, Exchange
 from realdeal.features import Panel
 from realdeal.fills import quote_price
-from realdeal.market import generate
+from realdeal.market import SIMULATED_START, generate
 from realdeal.orders import Told, client_id, round_down
 from realdeal.risk import Standing
 from realdeal.settings import Settings, read_settings

@@ -4,9 +4,9 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlencode
 import aiohttp, ccxt.pro, numpy as np, pytest
 from ccxt.protobuf.mexc.PushDataV3ApiWrapper_pb2 import PushDataV3ApiWrapper
-from realdeal.emulator import SIMULATED_START, Emulator, Limits, emulator_process, serve
+from realdeal.emulator import Emulator, Limits, emulator_process, serve
 from realdeal.faults import VENUE_FAULTS, lasts
-from realdeal.market import BURST, SUMS, Candles, Trade, bar_of, checksum, generate, trades_at
+from realdeal.market import SIMULATED_START, BURST, SUMS, Candles, Trade, bar_of, checksum, generate, trades_at
 from realdeal.types import DAY, MINUTE, BadData, MarketRules, Missing
 from realdeal.venue import BookShape, Fees, NewOrder, Venue, VenueError, exact
 from realdeal.wire import client_options, secret_of, sign

@@ -17,8 +17,7 @@ from realdeal import exchange
 from realdeal.broker import CcxtBroker
 from realdeal.emulator import Emulator, Limits, serve
 from realdeal.exchange import Clock, Exchange
-from realdeal.emulator import SIMULATED_START
-from realdeal.market import funding, generate
+from realdeal.market import SIMULATED_START, funding, generate
 from realdeal.settings import Settings
 from realdeal.types import DAY, HOUR, MINUTE, BadSetting, Intent, OrderStatus, Refused, Retry, RealdealError
 from realdeal.venue import NewOrder

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import Demo
 
-from realdeal.emulator import SIMULATED_START, serve
+from realdeal.emulator import serve
 from realdeal.ensemble import EnsemblePredictor, load_predictor
 from realdeal.exchange import Clock, Exchange
 from realdeal.results import check_parity, paper_key, session_file
 from realdeal.desk import remember
 from realdeal.live import Runner, run_steps
-from realdeal.market import funding, generate
+from realdeal.market import SIMULATED_START, funding, generate
 from realdeal.plan import market_rules
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, Intent, Order, OrderStatus, Refused, slug

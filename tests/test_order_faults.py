@@ -11,9 +11,9 @@ import aiohttp
 import ccxt.pro
 import pytest
 
-from realdeal.emulator import SIMULATED_START, Emulator, serve
+from realdeal.emulator import Emulator, serve
 from realdeal.faults import REFUSALS, UNTIL, chosen, storm
-from realdeal.market import generate
+from realdeal.market import SIMULATED_START, generate
 from realdeal.types import DAY, MINUTE
 from realdeal.wire import client_options
 

@@ -16,9 +16,9 @@ from conftest import REPO, make_home, realdeal
 from test_reports import CHROMIUM, console
 
 from realdeal import pages
-from realdeal.emulator import SIMULATED_START, serve
+from realdeal.emulator import serve
 from realdeal.ingest import Follower, open_market
-from realdeal.market import generate
+from realdeal.market import SIMULATED_START, generate
 from realdeal.provenance import places
 from realdeal.quality import STATES, Quality, example, quality
 from realdeal.settings import Settings, read_settings

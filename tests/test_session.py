@@ -8,11 +8,11 @@ from conftest import REPO, Demo, make_home, realdeal
 pytest.importorskip('papermill')
 from realdeal import pages
 from realdeal.desk import KILL, resume, throw
-from realdeal.emulator import SIMULATED_START, serve
+from realdeal.emulator import serve
 from realdeal.ensemble import load_predictor
 from realdeal.exchange import Clock, Exchange
 from realdeal.live import Runner, restless, run_steps
-from realdeal.market import funding, generate
+from realdeal.market import SIMULATED_START, funding, generate
 from realdeal.provenance import places
 from realdeal.results import find_journal, read_session, replayed, report_session, tell_session
 from realdeal.store import Journal, Store, StoreKey
