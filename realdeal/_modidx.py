@@ -1508,6 +1508,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'realdeal.tft._AsOne.forward': ('tft.html#_asone.forward', 'realdeal/tft.py'),
                               'realdeal.tft._AsOne.gated': ('tft.html#_asone.gated', 'realdeal/tft.py'),
                               'realdeal.tft._AsOne.linear': ('tft.html#_asone.linear', 'realdeal/tft.py'),
+                              'realdeal.tft._AsOne.memory': ('tft.html#_asone.memory', 'realdeal/tft.py'),
                               'realdeal.tft._AsOne.normed': ('tft.html#_asone.normed', 'realdeal/tft.py'),
                               'realdeal.tft._AsOne.of': ('tft.html#_asone.of', 'realdeal/tft.py'),
                               'realdeal.tft._AsOne.residual': ('tft.html#_asone.residual', 'realdeal/tft.py'),

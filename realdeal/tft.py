@@ -448,11 +448,12 @@ class _Together(nn.Module):
 class _AsOne(nn.Module):
     """What `_Together` says of one window, for transformers that select among several variables on both sides. Equations as in Lim et al. 2021, https://doi.org/10.1016/j.ijforecast.2021.03.012.
 
-    Tensors are (networks, rows, width), or (networks, variables, rows, width); a layer is named by its path within a network, or by the paths of those of all variables.
+    Tensors are (networks, rows, width), or (rows, networks, variables, width); a layer is named by its path within a network, or by the paths of those of all variables.
     """
     def __init__(self, nets: Sequence[Tft]):
         super().__init__()
         self.nets, self.place, self.ahead = [deepcopy(n.net).eval().requires_grad_(False) for n in nets], nets[0].place, nets[0].net.ahead
+        self.lstms = {side: self.memory(side) for side in ('encoder', 'decoder')}
 
     def of(self, at: str | Sequence[str], values: str) -> Tensor:
         "Weights (networks, ...), or (networks, variables, ...)."
@@ -469,7 +470,8 @@ class _AsOne(nn.Module):
         return out + self.of(at, 'bias')[..., None, :] if bias else out
 
     def normed(self, z: Tensor, at: str | Sequence[str]) -> Tensor:
-        return F.layer_norm(z, z.shape[-1:]) * self.of(at, 'norm.weight')[..., None, :] + self.of(at, 'norm.bias')[..., None, :]
+        weight, bias = (x[..., None, :] if isinstance(at, str) else x for x in (self.of(at, 'norm.weight'), self.of(at, 'norm.bias')))
+        return F.layer_norm(z, z.shape[-1:]) * weight + bias
 
     def gated(self, z: Tensor, skip: Tensor, at: str) -> Tensor:
         "GateAddNorm."
@@ -478,9 +480,9 @@ class _AsOne(nn.Module):
     def behind(self, z: Tensor, skip: Tensor, at: str | Sequence[str]) -> Tensor:
         "What a GatedResidualNetwork does behind its first layer: the second one and the gate's, which are one, the gate, and the norm."
         gate, second = self.of(at, 'gate_norm.glu.fc.weight'), self.of(at, 'fc2.weight')
-        bias = (gate @ self.of(at, 'fc2.bias')[..., None])[..., 0] + self.of(at, 'gate_norm.glu.fc.bias')
-        out = F.glu(z @ (gate @ second).transpose(-2, -1) + bias[..., None, :], -1) + skip
-        return self.normed(out, f'{at}.gate_norm.add_norm' if isinstance(at, str) else [f'{x}.gate_norm.add_norm' for x in at])
+        both, bias = (gate @ second).transpose(-2, -1), (gate @ self.of(at, 'fc2.bias')[..., None])[..., 0] + self.of(at, 'gate_norm.glu.fc.bias')
+        if isinstance(at, str): return self.normed(F.glu(z @ both + bias[:, None], -1) + skip, f'{at}.gate_norm.add_norm')
+        return self.normed(F.glu((z.permute(1, 2, 0, 3) @ both).permute(2, 0, 1, 3) + bias, -1) + skip, [f'{x}.gate_norm.add_norm' for x in at])
 
     def residual(self, z: Tensor, at: str, context: Tensor | None = None) -> Tensor:
         "GatedResidualNetwork, as wide as what comes in."
@@ -493,7 +495,7 @@ class _AsOne(nn.Module):
         each, flat = [f'{side}.single_variable_grns.{v}' for v in chosen.names], f'{side}.flattened_grn'
         w, b = (self.of([f'{side}.prescalers.{v}' for v in chosen.names], x) for x in ('weight', 'bias'))
         n, v, c = b.shape
-        def line(a: Tensor, at_zero: Tensor) -> Tensor: return seen.T[..., None] * a[:, :, None] + at_zero[:, :, None]       # of each variable, from (networks, variables, width)
+        def line(a: Tensor, at_zero: Tensor) -> Tensor: return seen[:, None, :, None] * a + at_zero       # of each variable, from (networks, variables, width)
         def plane(m: Tensor) -> Tensor: return seen @ (m * w[:, None, ..., 0]).sum(-1).transpose(1, 2) + (m * b[:, None]).sum((-2, -1))[:, None]      # of all of them, from (networks, width, variables, continuous)
         def stretch(grn: nn.Module, width: int) -> Tensor: return grn.resample_norm.resample(torch.eye(width))       # type: ignore[operator, union-attr]
         def mask(at: str | Sequence[str]) -> Tensor: return 2 * torch.sigmoid(self.of(at, 'resample_norm.mask'))
@@ -505,7 +507,18 @@ class _AsOne(nn.Module):
         out = self.behind(z, skip, each)
         z = F.elu(plane(self.of(flat, 'fc1.weight').reshape(n, -1, v, c)) + self.of(flat, 'fc1.bias')[:, None] + self.linear(self.constant('static_context_variable_selection'), f'{flat}.context', bias=False))
         skip = self.normed(plane(stretch(chosen.flattened_grn, v * c).T.reshape(1, -1, v, c) * mask(flat)[..., None, None]), f'{flat}.resample_norm')
-        return (out * torch.softmax(self.behind(z, skip, flat), -1).transpose(1, 2)[..., None]).sum(1)
+        weights = torch.softmax(self.behind(z, skip, flat), -1)
+        return (weights.transpose(0, 1)[:, :, None] @ out)[:, :, 0].transpose(0, 1)
+
+    def memory(self, side: str) -> nn.LSTM:
+        "The LSTMs of all networks as one, whose parts do not hear each other."
+        each = [n.get_submodule(f'lstm_{side}') for n in self.nets]
+        width = len(each) * each[0].hidden_size
+        one = nn.LSTM(width, width, batch_first=True).requires_grad_(False)
+        for name, w in one.named_parameters():
+            join: Callable[..., Tensor] = torch.block_diag if w.dim() == 2 else lambda *parts: torch.cat(parts)
+            w.copy_(torch.cat([join(*gate) for gate in zip(*[x.get_parameter(name).chunk(4) for x in each], strict=True)]))
+        return one
 
     def attention(self, z: Tensor, steps: int) -> Tensor:
         "InterpretableMultiHeadAttention: the rows from `steps` on ask those before them."
@@ -519,12 +532,13 @@ class _AsOne(nn.Module):
         steps, sides = encoder.shape[1], {}
         for side, x in (('encoder', encoder), ('decoder', decoder @ self.place)):
             sides[side] = self.selection(x[0][:, [int(v[1:]) for v in self.nets[0].get_submodule(f'{side}_variable_selection').names]], f'{side}_variable_selection')
-        chosen, passed = torch.cat(list(sides.values()), 1), []
-        begin = [self.constant(f'static_context_initial_{x}_lstm') for x in ('hidden', 'cell')]
-        for i, n in enumerate(self.nets):
-            past, state = n.lstm_encoder(sides['encoder'][i:i + 1], tuple(x[i:i + 1] for x in begin))
-            passed.append(torch.cat([past, n.lstm_decoder(sides['decoder'][i:i + 1], state)[0]], 1))
-        local = self.normed(F.glu(self.linear(torch.cat(passed), 'post_lstm_gate_encoder.fc'), -1) + chosen, 'post_lstm_add_norm_encoder')
+        chosen = torch.cat(list(sides.values()), 1)
+        def side_by_side(z: Tensor) -> Tensor: return z.transpose(0, 1).reshape(1, z.shape[1], -1)
+        state = tuple(side_by_side(self.constant(f'static_context_initial_{x}_lstm')) for x in ('hidden', 'cell'))
+        past, state = self.lstms['encoder'](side_by_side(sides['encoder']), state)
+        passed = torch.cat([past, self.lstms['decoder'](side_by_side(sides['decoder']), state)[0]], 1)
+        passed = passed.reshape(-1, len(self.nets), chosen.shape[-1]).transpose(0, 1)
+        local = self.normed(F.glu(self.linear(passed, 'post_lstm_gate_encoder.fc'), -1) + chosen, 'post_lstm_add_norm_encoder')
         rich = self.residual(local, 'static_enrichment', self.constant('static_context_enrichment'))
         z = self.gated(self.attention(rich, steps), rich[:, steps:], 'post_attn_gate_norm')
         z = self.gated(self.residual(z, 'pos_wise_ff'), local[:, steps:], 'pre_output_gate_norm')
