@@ -68,7 +68,7 @@ async def backfill_funding(venue: Exchange, store: Store, symbol: str, start: in
     "Bring the funding rates of [start, end) into the store; returns how many it then holds."
     have = store.read_funding(symbol, start, end)
     since = int(have['time'][-1]) + 1 if len(have) else start
-    if end - since > 8 * 60 * MINUTE: store.write_funding(symbol, await venue.funding(symbol, since, end))
+    if end - since > 8 * HOUR: store.write_funding(symbol, await venue.funding(symbol, since, end))
     return len(store.read_funding(symbol, start, end))
 
 # %% ../nbs/14_ingest.ipynb #3070b6c3
@@ -257,9 +257,10 @@ class Follower:
         await self._each(self._open_interest)
 
     async def funding(self) -> None:
-        "The funding rates that were settled."
+        "The funding rates that were settled; not asked for where no newer one can be than is known."
         async def one(symbol: str) -> None:
-            now = self.venue.clock.now()
+            now, known = self.venue.clock.now(), self.feed.symbols[symbol].funding
+            if known and now - known.event_time < 8 * HOUR: return
             if not await backfill_funding(self.venue, self.store, symbol, now - 10 * DAY, now): return
             time, rate = self.store.read_funding(symbol, now - 10 * DAY, now).row(-1)
             self.feed.learn(symbol, funding=rate, event_time=time, now=now)

@@ -19,7 +19,7 @@ from .desk import Desk, Reconciler, Switch, kill_file, remember, throw
 from .drift import Stability
 from .ensemble import MANIFEST, EnsemblePredictor, Forecast, Texts, load_predictor, model_hash, read_manifest
 from .exchange import TESTNETS, Exchange
-from .features import FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
+from .features import FUNDING_EVERY, FUNDING_WINDOW, STEP, WARMUP_MINUTES, Panel, Window, panel
 from .ingest import Follower, Metrics, ask, backfill, live_store, open_market
 from .fills import quote_price, terms_of
 from .orders import plan
@@ -32,9 +32,9 @@ from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Orde
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'Row', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'REACHED', 'ALARMS', 'Look', 'look', 'week_of',
-           'history', 'reach', 'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of', 'run_clock',
-           'run_steps', 'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
+__all__ = ['UNKNOWN', 'Row', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'ASK', 'REACHED', 'ALARMS', 'Look', 'look',
+           'week_of', 'history', 'reach', 'Rolling', 'Forecaster', 'inputs_of', 'Runner', 'figures', 'seen_of',
+           'run_clock', 'run_steps', 'ModelMetrics', 'crashing', 'Restless', 'restless', 'run_live']
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
@@ -81,17 +81,17 @@ class Rolling:
     def panel(self, time: int) -> Panel:
         "The rows until `time` (ms, on the grid), which never goes back."
         window = self.follow(time)
-        for x in self.symbols: self._settle(window, x, time)
         window.advance(time, look=False)
         return window.panel()
 
     def follow(self, time: int) -> Window:
-        "Take the news of minutes before `time` (ms) from the store; who does so every minute has little to do when the panel is wanted."
+        "Take the news of minutes before `time` (ms) from the store, and the rates that were settled until then; who does so every minute has little to do when the panel is wanted."
         start = time - reach(self.rows)
         mark, news = self.store.news(self.symbols, start, time, self.mark)
         if self.window is None or news is None or not self._take(self.window, news, time): self._build(start, time)
         self.mark = mark
         assert self.window is not None
+        for x in self.symbols: self._settle(self.window, x, time)
         return self.window
 
     def _take(self, w: Window, news: Mapping[str, list[Row]], time: int) -> bool:
@@ -141,7 +141,7 @@ class Forecaster:
     def _follow(self, predictor: EnsemblePredictor, rolling: Rolling, time: int, now: int) -> None:
         fresh, midnight = rolling.window is None, time // DAY * DAY
         if min(rolling.follow(time).next) >= midnight - STEP: self._judge(predictor, rolling, midnight)      # the last row of the week before it is there
-        if fresh: look(rolling.panel(now // STEP * STEP), now // STEP * STEP, predictor)      # for what is loaded at its first use
+        if fresh and now < time: look(rolling.panel(now // STEP * STEP), now // STEP * STEP, predictor)      # for what is loaded at its first use
 
     def _judge(self, predictor: EnsemblePredictor, rolling: Rolling, midnight: int) -> None:
         "The drift of a day, once, and again when a minute came late."
@@ -369,8 +369,11 @@ class Runner:
             await self.guard()
         if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
         await self.renew()
-        # What can be done before the bar is over; in the minute of a decision nothing holds it up.
-        if not self.stepped and now < self.due: await self.forecaster.follow(self.due, now)
+        # What can be done before the bar is over; in the minute of a decision nothing holds it up but a rate that is settled right then, for which the bar's last trade rarely waits.
+        if settles := not self.stepped and now % FUNDING_EVERY < MINUTE:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASK): await self.calmly('funding', self.follower.funding)
+        if not self.stepped and (settles or now < self.due): await self.forecaster.follow(self.due, now)
         self.memory.forget(now - 2 * DAY)
         self.keep()
 
@@ -425,7 +428,7 @@ class Runner:
     async def gather(self, at: int) -> None:
         "Bring what is missing for a decision at `at` (ms), as far as the venue answers in time."
         async def all_of_it() -> None:
-            if at % (8 * HOUR) == 0: await self.follower.funding()      # a rate is settled at this very moment
+            if at % FUNDING_EVERY == 0: await self.follower.funding()      # a rate is settled at this very moment
             for _ in range(self.follower.tries):     # whatever is in doubt is asked for; what REST does not tell either is not there
                 if not await self.follower.mend(): break
             await self.follower.flush()
@@ -498,7 +501,8 @@ def seen_of(r: Runner) -> dict[str, Any]:
         'latency': {**{f'{k}_ms': v.quantiles() for k, v in r.took.items()}, 'kill_ms': max(0.0, (kills[-1]['last_left'] - kills[-1]['thrown']) * 1000) if kills else None}}
 
 # %% ../nbs/41_live.ipynb #b8c9a234
-BEAT, RULES, RECONCILE, LEAVE = 0.05, 3600.0, 60.0, 10.0      # s of the wall: the longest wait, between two looks at the venue's rules, and at the books (of market time where that runs faster, but at least 5 s of the wall), and the most that cancelling takes at the end
+# s of the wall: the longest wait, between two looks at the venue's rules, and at the books (of market time where that runs faster, but at least 5 s of the wall), and the most that cancelling at the end takes, and asking for a rate before its decision
+BEAT, RULES, RECONCILE, LEAVE, ASK = 0.05, 3600.0, 60.0, 10.0, 1.0
 
 async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) -> None:
     "Run until `stop` is set or market time reaches `until` (ms)."
