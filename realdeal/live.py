@@ -28,7 +28,7 @@ from .risk import Standing
 from .settings import Settings
 from .stages import keep_session, lock_account, missing_for, open_broker, order_venue, session_of
 from .store import Journal, Mark, Store
-from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, Order, OrderStatus, RealdealError, Refused, Rejected, Retry, Signal, Snapshot, Stop, as_dict
+from .types import DAY, HOUR, MINUTE, BadSetting, Bar, Intent, MarketRules, NotWritten, Order, OrderStatus, RealdealError, Refused, Rejected, Retry, Signal, Snapshot, Stop, as_dict
 from .view import DECISION_MS, ORDER_MS, Latency, Log, Page, RunnerMetrics, notify, notify_urls, terminal
 
 # %% auto #0
@@ -197,6 +197,7 @@ class Runner:
         self.follower.heard = self.desk.hear
         self.every = s.strategy.decision_every * MINUTE
         self.due = self.caught = self.minute = 0                                  # the next decision, until when REST was asked (ms), and the minute that was looked at
+        self.full = -math.inf                                                     # when it was last said (s) that the disk takes nothing
         self.stood = self.killed = self.sold = False                              # nothing is open any more; the switch was seen; what was held is sold
         self._standing_down, self.blind = asyncio.Lock(), list[str]()
         self.took = {'decision': Latency('decision', 'From the last bar to the journal', DECISION_MS), 'order': Latency('order', 'From the last bar to the wire', ORDER_MS)}
@@ -354,12 +355,12 @@ class Runner:
             self.killed = True
             self.stood = False
             if not await self.desk.stand_down(): return
-            self.stood, self.sold = True, bool(told.get('flatten'))
             left = [t for t in (self.orders.client.left if self.orders else ()) if t > noticed - 60]
             thrown = float(told.get('wall') or noticed)
             kills = [*(self.journal.fact('kills') or []), {'thrown': thrown, 'noticed': noticed, 'last_left': max((t for t in left if t <= noticed + 5), default=0.0), 'stood': time.time()}]
             self.journal.put_fact('kills', kills[-1000:])
             self.desk.note('stood down', 'nothing is open' + (' or held' if told.get('flatten') else '') + (', as the venue says' if self.orders else ''))
+            self.stood, self.sold = True, bool(told.get('flatten'))
 
     async def watch(self) -> None:
         "Once a minute: the deepest limit, resting orders, how far the session has come."
@@ -383,6 +384,14 @@ class Runner:
             for venue in {self.venue, self.orders or self.venue}: await venue.reload()
             self.rules.update({x: (self.orders or self.venue).rules(x) for x in self.s.data.symbols})
         await self.calmly('rules', anew)
+
+    async def lasting(self, work: Callable[[], Awaitable[Any]]) -> None:
+        "Do `work`; what the disk does not take now has not happened, and is tried again at the next look."
+        try: await work()
+        except NotWritten as e:
+            if time.monotonic() < self.full + MINUTE / 1000: return
+            self.full = time.monotonic()
+            self.say(str(e))
 
     async def calmly(self, what: str, work: Callable[[], Awaitable[Any]]) -> None:
         "Do `work`; what the venue does not answer, or refuses, is told, and asked again another time."
@@ -508,7 +517,8 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
     "Run until `stop` is set or market time reaches `until` (ms)."
     ended = asyncio.Event()
     following = asyncio.create_task(r.follower.run(ended))
-    beside = [asyncio.create_task(w) for w in (_every(ended, BEAT, r.guard), _reconciling(r, ended), _every(ended, RULES, r.renew_rules), _every(ended, r.s.data.time_sync, r.sync))]
+    def again_and_again(seconds: float, work: Callable[[], Awaitable[Any]]) -> Awaitable[None]: return _every(ended, seconds, lambda: r.lasting(work))
+    beside = [asyncio.ensure_future(w) for w in (again_and_again(BEAT, r.guard), _reconciling(r, ended), again_and_again(RULES, r.renew_rules), again_and_again(r.s.data.time_sync, r.sync))]
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
             changed = asyncio.create_task(r.follower.changed.wait())
@@ -517,7 +527,7 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
             r.follower.changed.clear()      # here: what changes while we tend wakes us at once
             for task in (following, *beside):
                 if task.done(): task.result()      # a fault that no other try cures
-            await r.tend()
+            await r.lasting(r.tend)
     finally:
         ended.set()
         try: await r.leave()
@@ -532,13 +542,13 @@ async def _every(ended: asyncio.Event, seconds: float, work: Callable[[], Awaita
 
 async def _reconciling(r: Runner, ended: asyncio.Event) -> None:
     "Compare the books once a minute, and soon after a reconnect."
-    if r.reconciler is None: return
+    if (reconciler := r.reconciler) is None: return
     pause, seen, looked = max(5.0, RECONCILE / max(1.0, r.venue.clock.rate)), len(r.follower.streams.reconnects), time.monotonic()
     while not ended.is_set():
         await asyncio.sleep(0.25)
         back = len(r.follower.streams.reconnects)
         if time.monotonic() - looked < pause and back == seen: continue
-        await r.calmly('reconcile', r.reconciler.check)
+        await r.lasting(lambda: r.calmly('reconcile', reconciler.check))
         looked, seen = time.monotonic(), back
 
 async def run_steps(r: Runner, url: str, stop: asyncio.Event, until: int, every: Callable[[int], None] = lambda now: None) -> None:

@@ -405,13 +405,21 @@ _TABLES = '''
     create table if not exists facts (name text primary key, body text not null);
 '''
 
+class _Told(sqlite3.Connection):
+    "Tells what the disk does not take as NotWritten."
+    path = Path()
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        try: return super().execute(*args)
+        except sqlite3.OperationalError as e: raise NotWritten(f'{self.path}: cannot be written or read: {e}') from None
+
 class Journal:
-    "The durable memory of a runner. All writes are committed and synced when the call returns."
+    "The durable memory of a runner. All writes are committed and synced when the call returns; what the disk does not take raises NotWritten, and nothing of it is there."
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         try:
-            self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self.db = sqlite3.connect(path, timeout=30, isolation_level=None, factory=_Told)
+            self.db.path = path
             self.db.executescript(_TABLES)
         except sqlite3.Error as e: raise Stop(f'{path}: the journal cannot be opened: {e}') from None
 
@@ -424,9 +432,12 @@ class Journal:
             yield
             return
         self.db.execute('begin immediate')
-        try: yield
-        except BaseException: self.db.execute('rollback'); raise
-        self.db.execute('commit')
+        try:
+            yield
+            self.db.execute('commit')
+        except BaseException:
+            if self.db.in_transaction: self.db.execute('rollback')      # SQLite may have done it already
+            raise
 
     def add_decision(self, time: int, inputs: Any, decision: Any, state: Any) -> None:
         self.db.execute('insert into decisions values (?,?,?,?)', (time, _dump(inputs), _dump(decision), _dump(state)))

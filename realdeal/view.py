@@ -4,7 +4,7 @@
 
 # %% ../nbs/40_view.ipynb #3fabc868
 from __future__ import annotations
-import asyncio, base64, hashlib, hmac, json, logging, math, os, re, secrets, stat, tempfile
+import asyncio, base64, contextlib, hashlib, hmac, json, logging, math, os, re, secrets, stat, tempfile
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -540,7 +540,8 @@ class Log:
         "Events that could not be written."
         return self._file.lost
 
-    def close(self) -> None: self._file.close()
+    def close(self) -> None:
+        with contextlib.suppress(OSError): self._file.close()
 
 class _Private(RotatingFileHandler):
     lost = 0

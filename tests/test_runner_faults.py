@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from realdeal.exchange import Clock, Exchange
 from realdeal.live import Runner, run_clock
 from realdeal.settings import Settings
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, BadSetting, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
+from realdeal.types import DAY, MINUTE, BadSetting, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
 from realdeal.wire import client_options
 
 
@@ -273,6 +273,34 @@ async def test_a_stop_leaves_nothing_at_rest(tmp_path: Path) -> None:
             asyncio.get_running_loop().call_later(0.5, stop.set)
             await run_clock(r, stop)
             assert not e.venue.open_orders() and r.memory.order(name).status is OrderStatus.CANCELED
+
+
+async def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    """While the journal takes nothing, nothing is decided and the runner waits; the decision that was due meanwhile is made as soon as it can be kept."""
+    async with emulator(speed=240.0) as e:
+        e.clock.run()
+        async with runner(tmp_path, e, rate=240) as r:
+            told: list[str] = []
+            r.say = told.append
+            await r.start()
+            first, stop, db = r.due, asyncio.Event(), r.journal.db
+            pages = db.execute("pragma page_count").fetchone()[0]
+            db.execute(f"pragma max_page_count={pages}")
+            running = asyncio.create_task(run_clock(r, stop))
+
+            async def until(what: Callable[[], bool]) -> None:
+                for _ in range(2000):
+                    if what() or running.done(): return
+                    await asyncio.sleep(0.02)
+
+            await until(lambda: r.full > 0 and r.venue.clock.now() > first + 3 * MINUTE)
+            assert not running.done() and r.due == first and r.journal.last_decision() is None
+            db.execute("pragma max_page_count=1000000")
+            await until(lambda: r.due > first)
+            stop.set()
+            await running
+            assert r.journal.last_decision()["time"] == first
+            assert sum("cannot be written or read" in x for x in told) == 1, "told once"
 
 
 async def test_the_clock_of_the_orders_venue_is_set_as_well(tmp_path: Path) -> None:
