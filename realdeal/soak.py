@@ -121,7 +121,7 @@ class Plan:
 
 def write_settings(s: Settings, plan: Plan, folder: Path) -> Path:
     "The settings `s` for this soak: its symbols, its folders, shorter times."
-    made = s.override(data={**CLIENT, 'symbols': plan.symbols}, paths={'data': 'data', 'reports': 'reports'})
+    made = s.override(data={**CLIENT, 'symbols': plan.symbols}, paths={'data': 'data', 'reports': 'reports'}, project={'nbs_path': str((s.home / s.project.nbs_path).resolve())})
     ini = configparser.ConfigParser(interpolation=None)
     ini.read_dict({k: {n: ', '.join(v) if isinstance(v, tuple) else str(v) for n, v in section.items()} for k, section in made.model_dump().items() if k != 'home'})
     text = io.StringIO()
