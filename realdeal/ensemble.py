@@ -130,6 +130,7 @@ class SequenceMember:
         except KeyError: raise BadData('an ONNX file without our metadata; train again') from None
         self.name, self.form, self.steps = str(told['kind']), Form.from_plain(told['form']), int(told['form']['steps'])
         self._calibration, self._widen = Calibration.from_plain(told['calibration']), float(told['widen'])
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix=self.name)
 
     def raw(self, p: Panel, rows: np.ndarray) -> np.ndarray:
         "What the network says (m, ahead, outputs); nan where no window ends."
@@ -146,10 +147,9 @@ class SequenceMember:
             for i in some:
                 at = int(rows[speak[i]]) - first + 1
                 out[speak[i]] = self._session.run(None, {'encoder': Z[None, at - f.steps:at], 'decoder': ahead_of[i:i + 1]})[0][0]
-        every, cores = np.arange(len(speak)), os.cpu_count() or 1
+        every = np.arange(len(speak))
         if len(every) < 2: run(every)
-        else:
-            with ThreadPoolExecutor(cores) as pool: list(pool.map(run, np.array_split(every, min(len(every), 8 * cores))))
+        else: list(self._pool.map(run, np.array_split(every, min(len(every), 8 * (os.cpu_count() or 1)))))
         return out
 
     def say(self, p: Panel, rows: np.ndarray, texts: Texts) -> np.ndarray:
