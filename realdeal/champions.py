@@ -79,6 +79,7 @@ def export(places: Places, s: Settings) -> Event:
     with models_lock(places):
         champion, manifest = load_predictor(places.models, s), read_manifest(places.models)
         files = {n: read_verified(places.models, n, manifest)[0] for n in manifest.files}
+        if absent := [n for n in ('best_tft.pt', 'best_tft.onnx') if n not in files]: raise Missing(f'{places.models}: no {" and no ".join(absent)}; only networks are exported')
         old, new = files['best_tft.onnx'], export_onnx(load_pt(files['best_tft.pt']))
         if new == old: raise Refused(f'{champion.model_hash}: its twin is what this program exports')
         if (off := twins_differ(old, new)) > SAME: raise Refused(f'{champion.model_hash}: exported anew its networks say something else, by {off:.2g}; at most {SAME} is allowed: train again')

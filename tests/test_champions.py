@@ -112,6 +112,9 @@ def test_a_champion_is_exported_anew_and_says_the_same(rival: Job) -> None:
     with pytest.raises(Refused, match="exported anew its networks say something else"): export(rival.places, rival.s)
     assert hash_of(rival.places.models) == other
 
+    save_models(rival.places.models, {n: x for n, x in files.items() if n != "best_tft.pt"}, manifest.files[BLEND].provenance)
+    with pytest.raises(Missing, match="no best_tft.pt; only networks are exported"): export(rival.places, rival.s)
+
 
 def test_what_was_judged_is_what_is_crowned(rival: Job) -> None:
     """Another training that ends meanwhile changes the challenger: the models that were not judged are refused. So is a challenger of other code than was audited."""
