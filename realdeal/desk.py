@@ -22,8 +22,8 @@ from .store import Journal, write_atomic
 from .types import DAY, HOUR, MINUTE, Account, BadSetting, Fill, Intent, MarketRules, Order, OrderStatus, Refused, Rejected, Retry, settle
 
 # %% auto #0
-__all__ = ['KILL', 'LATCH', 'AGAIN', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'told_of', 'Switch',
-           'resume', 'Desk', 'Seen', 'Reconciler', 'adopt']
+__all__ = ['KILL', 'LATCH', 'AGAIN', 'MOVE', 'SEEN', 'Memory', 'remember', 'kill_file', 'journals_of', 'throw', 'told_of',
+           'Switch', 'resume', 'Desk', 'Seen', 'Reconciler', 'adopt']
 
 # %% ../nbs/38_desk.ipynb #cfb79446
 @dataclass
@@ -113,6 +113,7 @@ def resume(file: Path, journals: Sequence[Path], why: str) -> list[Path]:
 
 # %% ../nbs/38_desk.ipynb #5ff6b11c
 AGAIN = 2      # how often, for one decision, an order is sent again that never arrived
+MOVE = 0.005       # how far the price of a market order may move until it is there, as a fraction
 
 class Desk:
     "`standing(symbol)`: what is known when an order leaves; `rules`: of each symbol; `calm`: seconds of the wall between two questions about one order."
@@ -145,7 +146,15 @@ class Desk:
         while self.sent and clock - self.sent[0] > 60: self.sent.popleft()
         meant = i.price if i.price is not None else at.mark or 0.0
         in_flight = sum(o.status in (OrderStatus.SENT, OrderStatus.UNKNOWN) for o in self.memory.pending.values())
-        return objection(i.amount, meant, at._replace(recent=len(self.sent)), self.s.risk, reduces) or self.breaker.objection(self.now(), reduces, in_flight)
+        if why := objection(i.amount, meant, at._replace(recent=len(self.sent)), self.s.risk, reduces): return why
+        if not self._enough(i.symbol, i.amount, i.price): return f'{i.amount:g} at {meant:g} may count as less than the {self.rules[i.symbol].min_notional:g} that the venue takes at least'
+        return self.breaker.objection(self.now(), reduces, in_flight)
+
+    def _enough(self, symbol: str, amount: float, price: float | None = None) -> bool:
+        "Whether an order of `amount` (base) is worth enough for the venue at `price` (quote), or, without one, at the market's, which may move until it is there; where that is unknown, it may be."
+        mark = self.standing(symbol).mark
+        at = price if price is not None else math.inf if mark is None else mark * (1 - MOVE)
+        return amount > 0 and amount * at >= self.rules[symbol].min_notional
 
     async def send(self, *intents: Intent) -> None:
         "Send intents that are journalled already, each once: together where there is money enough, else sales before purchases."
@@ -279,8 +288,9 @@ class Desk:
         first, at, rules = chain[0].intent, self.standing(symbol), self.rules[symbol]
         left = round_down(round(first.amount - sum(o.filled for o in chain), 12), rules.lot)
         what = turn(left, age, terms_of(self.s, rules))
-        if what == 'over' or at.mark is None or left * at.mark < rules.min_notional: return None
+        if what == 'over' or at.mark is None: return None
         price = quote_price(first.sign, at.mark, at.half_spread, rules.tick) if what == 'quote' else None
+        if not self._enough(symbol, left, price): return None
         return Intent(client_id('main', self.s.live.stage, symbol, time, 0, attempt), symbol, first.side, left, time, 'limit' if price else 'market', price, attempt)
 
     async def stand_down(self) -> bool:
@@ -289,21 +299,19 @@ class Desk:
         await self.end([o for o in self.memory.pending.values() if o.status is OrderStatus.OPEN and o.intent.client_id not in self.closing])
         if not told.get('flatten'): return not self.memory.pending
         await self._flatten()
-        return not self.memory.pending and not any(self._worth(x, held) for x, held in self.memory.account.positions.items())
+        return not self.memory.pending and not any(self._enough(x, amount) for x, _, amount in self._lots())
 
-    def _worth(self, symbol: str, held: float) -> bool:
-        "Whether what is held is enough for an order; without a price it may be."
-        at, rules = self.standing(symbol), self.rules[symbol]
-        amount = round_down(abs(held), rules.lot)
-        return amount > 0 and (at.mark is None or amount * at.mark >= rules.min_notional)
+    def _lots(self) -> list[tuple[str, float, float]]:
+        "Of each position its symbol, what is held, and how much of that an order can close."
+        return [(x, held, round_down(abs(held), self.rules[x].lot)) for x, held in self.memory.account.positions.items()]
 
     async def _flatten(self) -> None:
         minute = self.now() // MINUTE * MINUTE
-        for symbol, held in self.memory.account.positions.items():
-            if not self._worth(symbol, held) or self.standing(symbol).mark is None or not self.rules[symbol].active or any(o.intent.symbol == symbol for o in self.memory.pending.values()): continue
+        for symbol, held, amount in self._lots():
+            if not self._enough(symbol, amount) or self.standing(symbol).mark is None or not self.rules[symbol].active or any(o.intent.symbol == symbol for o in self.memory.pending.values()): continue
             name = client_id('main', self.s.live.stage, symbol, minute, 1)
             if self.memory.order(name): continue
-            closing = Intent(name, symbol, 'sell' if held > 0 else 'buy', round_down(abs(held), self.rules[symbol].lot), minute)
+            closing = Intent(name, symbol, 'sell' if held > 0 else 'buy', amount, minute)
             self.closing.add(name)
             self.journal.add_intent(closing)
             await self.send(closing)

@@ -707,6 +707,43 @@ async def test_what_holds_an_order(change: dict[str, Any], why: str, tmp_path: P
         assert held.status is OrderStatus.HELD and why in held.reason and any(why in x for x in life.incidents("held")) and len(life.e.arrivals(KEY).sent) == sent
 
 
+async def test_what_may_be_too_little_for_the_venue_stays_here(tmp_path: Path) -> None:
+    """A limit order is judged by its own price, a market order by one that moves until it is there; the venue's own rule is the emulator's."""
+    async with alive(tmp_path) as life:
+        bought = await life.send(BTC, "buy", 0.01)
+        await life.quiet()
+        least, usual = life.rules[BTC].min_notional, life.standing
+        def worth(at: float) -> None: life.desk.standing = lambda symbol: usual(symbol)._replace(mark=least / 0.01 * at)
+        sent = len(life.e.arrivals(KEY).sent)
+        for at, price in ((1.004, None), (1.004, least / 0.01 * 0.999)):
+            await tick(life)
+            worth(at)
+            held = await life.send(BTC, "sell", 0.01, price)
+            assert held.status is OrderStatus.HELD and "takes at least" in held.reason and len(life.e.arrivals(KEY).sent) == sent
+        assert not life.desk._enough(BTC, 0.01) and life.desk._enough(BTC, 0.01, least / 0.01), "worth as much as it says, where nothing moves"
+        worth(1.006)
+        assert life.desk._enough(BTC, 0.01)
+        life.desk.standing = usual
+        refused = await life.broker.submit(replace(bought.intent, client_id="rdsmall", amount=life.rules[BTC].lot, kind="market"))
+        assert refused.status is OrderStatus.REJECTED and "minimum" in refused.reason, "what would have come of it"
+
+
+async def test_what_is_left_of_a_maker_is_too_little(tmp_path: Path) -> None:
+    """Worth enough at the market, not at the price at which it would rest: nothing follows, and nothing is held back."""
+    async with alive(tmp_path, orders={"execution": "maker", "patience": 5}) as life:
+        await life.send(BTC, "buy", 0.01, round(life.mark(BTC) * 0.985, 2))
+        usual, mark = life.standing, life.rules[BTC].min_notional / 0.01 * 1.001
+        life.desk.standing = lambda symbol: usual(symbol)._replace(mark=mark, half_spread=0.002)
+        await tick(life)
+        await life.desk.requote()
+        await life.quiet()
+        await life.desk.requote()
+        assert [o.status for o in life.journal.orders().values()] == [OrderStatus.CANCELED] and not life.incidents("held")
+        mark *= 1.01
+        await life.desk.requote()
+        assert len(life.journal.orders()) == 2
+
+
 async def test_a_reduction_is_free_of_size_and_collar(tmp_path: Path) -> None:
     async with alive(tmp_path) as life:
         await life.send(BTC, "buy", 0.01)
