@@ -345,8 +345,9 @@ class _Reads(_Base):
         swap, rows, page, since = self._swap(symbol), {}, 1, start
         if swap not in self.client.markets: return pl.DataFrame(schema={'time': pl.Int64, 'rate': pl.Float64})
         by_number = self.client.id == 'mexc'      # from the newest back; others page by time
+        most = min(100, (end - start) // HOUR + 2)      # settled once an hour at the most, and one more, which shows that nothing is missing
         while True:
-            how = {'limit': 100, 'params': {'page_num': page}} if by_number else {'since': since, 'limit': 1000}
+            how = {'limit': most, 'params': {'page_num': page}} if by_number else {'since': since, 'limit': 1000}
             got = await self._read(f'funding of {swap}', self.client.fetch_funding_rate_history, swap, **how)
             fresh = {int(r['timestamp']): float(r['fundingRate']) for r in got if r['timestamp'] not in rows}
             rows.update(fresh)

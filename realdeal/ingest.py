@@ -138,7 +138,7 @@ class Follower:
         self.kinds, self.trades, self.tries, self.pause = kinds, trades, tries, pause
         self.began = venue.clock.now()
         self.disk_errors = self.rest_errors = 0
-        self._waiting: list[Minute] = []            # known, not yet on disk
+        self._waiting, self._rates = list[Minute](), list[tuple[str, int, float]]()      # known, not yet on disk
         self._not_before: dict[tuple[str, int], float] = {}
         self._mending: set[str] = set()
         self._disk = asyncio.Lock()
@@ -240,10 +240,10 @@ class Follower:
     async def flush(self) -> None:
         "Write what became known; what the disk does not take waits for the next time."
         async with self._disk:
-            batch, self._waiting = self._waiting, []
-            try: await asyncio.to_thread(self.store.keep, batch, self.trades, self._frontiers())
+            batch, rates, self._waiting, self._rates = self._waiting, self._rates, [], []
+            try: await asyncio.to_thread(self.store.keep, batch, self.trades, self._frontiers(), rates)
             except BaseException as e:
-                self._waiting = batch + self._waiting
+                self._waiting, self._rates = batch + self._waiting, rates + self._rates
                 if not isinstance(e, NotWritten): raise
                 self._disk_error(e)
 
@@ -260,10 +260,11 @@ class Follower:
         "The funding rates that were settled; not asked for where no newer one can be than is known."
         async def one(symbol: str) -> None:
             now, known = self.venue.clock.now(), self.feed.symbols[symbol].funding
-            if known and now - known.event_time < 8 * HOUR: return
-            if not await backfill_funding(self.venue, self.store, symbol, now - 10 * DAY, now): return
-            time, rate = self.store.read_funding(symbol, now - 10 * DAY, now).row(-1)
-            self.feed.learn(symbol, funding=rate, event_time=time, now=now)
+            have = [(known.event_time, known.value)] if known else self.store.read_funding(symbol, now - 10 * DAY, now + 1).rows()
+            since = have[-1][0] + 1 if have else now - 10 * DAY
+            new = (await self.venue.funding(symbol, since, now + 1)).rows() if now - since + 1 >= 8 * HOUR else []
+            self._rates += [(symbol, *x) for x in new]
+            for at, rate in (new or have)[-1:]: self.feed.learn(symbol, funding=rate, event_time=at, now=now)
         await self._each(one)
 
     async def _open_interest(self, symbol: str) -> None:

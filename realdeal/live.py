@@ -75,7 +75,7 @@ class Rolling:
         self.mark: Mark | None = None
         self.waiting = dict[str, list[Row]]()
         self.rates = dict[str, int]()        # by symbol: the newest settlement that the window knows (ms)
-        self.coming = dict[str, tuple[tuple[int, int, int], list[tuple[int, float]]]]()      # by symbol: the mark of its rates on disk, and those that the window does not know yet
+        self.coming = dict[str, list[Row]]()     # by symbol: rates that the window does not know yet
         self.built = 0                       # how often everything was read
 
     def panel(self, time: int) -> Panel:
@@ -88,7 +88,8 @@ class Rolling:
         "Take the news of minutes before `time` (ms) from the store, and the rates that were settled until then; who does so every minute has little to do when the panel is wanted."
         start = time - reach(self.rows)
         mark, news = self.store.news(self.symbols, start, time, self.mark)
-        if self.window is None or news is None or not self._take(self.window, news, time): self._build(start, time)
+        if self.window is None or news is None or not self._take(self.window, news.bars, time): self._build(start, time)
+        else: self.coming = {x: [*self.coming[x], *rows] for x, rows in news.rates.items()}
         self.mark = mark
         assert self.window is not None
         for x in self.symbols: self._settle(self.window, x, time)
@@ -111,15 +112,13 @@ class Rolling:
         self.window, self.built = Window(candles, funding, known, self.rows + 1), self.built + 1
         self._take(self.window, {x: [] for x in self.symbols}, time)
         self.rates = {x: int(f['time'][-1]) if len(f) else 0 for x, f in funding.items()}
-        self.coming.clear()
+        self.coming = {x: self.store.read_funding(x, time + 1, time + DAY).rows() for x in self.symbols}
 
     def _settle(self, w: Window, symbol: str, time: int) -> None:
-        mark, coming = self.coming.get(symbol, ((-1, 0, 0), []))
-        if (now := self.store.funding_mark(symbol)) != mark: coming = list(self.store.read_funding(symbol, max(self.rates[symbol] + 1, time - FUNDING_WINDOW), 2 ** 62).iter_rows())
-        for at, rate in [x for x in coming if x[0] <= time]:
+        coming, self.coming[symbol] = self.coming[symbol], [x for x in self.coming[symbol] if x[0] > time]
+        for at, rate in sorted(x for x in coming if max(self.rates[symbol], time - FUNDING_WINDOW) < x[0] <= time):
             w.settle(symbol, at, rate)
             self.rates[symbol] = at
-        self.coming[symbol] = now, [x for x in coming if x[0] > time]
 
 # %% ../nbs/41_live.ipynb #71952364
 class Forecaster:
@@ -371,12 +370,15 @@ class Runner:
         if self.orders and self.switch.why() is None: await self.calmly('requote', self.desk.requote)
         await self.renew()
         # What can be done before the bar is over; in the minute of a decision nothing holds it up but a rate that is settled right then, for which the bar's last trade rarely waits.
-        if settles := not self.stepped and now % FUNDING_EVERY < MINUTE:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ASK): await self.calmly('funding', self.follower.funding)
-        if not self.stepped and (settles or now < self.due): await self.forecaster.follow(self.due, now)
+        settles = now % FUNDING_EVERY < MINUTE
+        if not self.stepped and (settles or now < self.due): await asyncio.gather(self.forecaster.follow(self.due, now), *([self.settle()] if settles else []))
         self.memory.forget(now - 2 * DAY)
         self.keep()
+
+    async def settle(self) -> None:
+        "Ask for the rates that are settled now, as long as a decision may wait."
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASK): await self.calmly('funding', self.follower.funding)
 
     async def renew_rules(self) -> None:
         "Take the venue's steps, minima and permissions as they are now."

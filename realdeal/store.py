@@ -21,9 +21,9 @@ from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, Not
 FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
-__all__ = ['FrameSchema', 'CANDLES', 'QUOTES', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles',
-           'candle_frame', 'read_candle_file', 'check_quotes', 'read_quotes', 'dense', 'StoreKey', 'Mark', 'Store',
-           'write_parquet', 'Journal', 'as_order']
+__all__ = ['FrameSchema', 'CANDLES', 'QUOTES', 'FUNDING', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles',
+           'candle_frame', 'read_candle_file', 'check_quotes', 'read_quotes', 'dense', 'StoreKey', 'Mark', 'News',
+           'Store', 'write_parquet', 'Journal', 'as_order']
 
 # %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
@@ -149,11 +149,12 @@ def dense(df: pl.DataFrame, start: int, end: int) -> pl.DataFrame:
     return full.with_columns(pl.col(c).fill_null(pl.col('close')) for c in ('open', 'high', 'low'))
 
 # %% ../nbs/09_store.ipynb #4a99166f
+FUNDING: FrameSchema = {'time': pl.Int64, 'rate': pl.Float64}      # when it was settled, and the fraction per 8 h
 TRADES: FrameSchema = {'time': pl.Int64, 'price': pl.Float64, 'amount': pl.Float64, 'is_buy': pl.Boolean, 'id': pl.String}
 # trades: how many; lag, known: ms, see Minute; built_*: the bar that the trades build.
 EVIDENCE: FrameSchema = {'time': pl.Int64, 'trades': pl.Int64, 'proof': pl.String, 'cause': pl.String, 'lag': pl.Int64, 'known': pl.Int64,
     **{f'built_{n}': pl.Float64 for n in ('open', 'high', 'low', 'close', 'volume')}}
-_FORM = 1      # of the tables: a tail that says so has them
+_FORM = 2      # of the tables: a tail that says so has them
 # A row number is never used twice: compaction deletes by it.
 _TAIL = f'''
     pragma journal_mode=wal;
@@ -161,6 +162,7 @@ _TAIL = f'''
     create table if not exists evidence (rowid integer primary key autoincrement, symbol, {", ".join(f"{c} integer" if c == "time" else c for c in EVIDENCE)}, unique (symbol, time));
     create table if not exists trades (rowid integer primary key autoincrement, symbol, time integer, price, amount, is_buy, id);
     create index if not exists trades_by_time on trades (symbol, time);
+    create table if not exists rates (rowid integer primary key autoincrement, symbol, time integer, rate, unique (symbol, time));
     create table if not exists sessions (start integer primary key, body text not null);
     create table if not exists frontiers (symbol primary key, time integer not null);
     pragma user_version={_FORM};
@@ -178,9 +180,14 @@ class StoreKey(BaseModel):
         return data / 'journals' / f'{self.source}-{self.venue}-{self.market}-{stage}.sqlite'
 
 class Mark(NamedTuple):
-    "What a reader of a store has seen: the newest row of the tail, and marks of the files."
-    row: int
+    "What a reader of a store has seen: the newest row of bars and of rates in the tail, and marks of the files."
+    rows: tuple[int, int]
     files: tuple[Any, ...]
+
+class News(NamedTuple):
+    "What came into the tail, by symbol: `bars` as rows of CANDLES, `rates` as rows of FUNDING; in the order of their times."
+    bars: dict[str, list[tuple[Any, ...]]]
+    rates: dict[str, list[tuple[Any, ...]]]
 
 class Store:
     "Candles and funding of one StoreKey below `root`. Two processes may write at once."
@@ -212,8 +219,8 @@ class Store:
         finally:
             if db: db.close()
 
-    def keep(self, minutes: Iterable[Minute], trades: bool = True, frontiers: Mapping[str, int] | None = None) -> None:
-        """Keep minutes with their evidence and, if wanted, their trades, and how far each symbol is known and verified: all of it or nothing.
+    def keep(self, minutes: Iterable[Minute], trades: bool = True, frontiers: Mapping[str, int] | None = None, rates: Iterable[tuple[str, int, float]] = ()) -> None:
+        """Keep minutes with their evidence and, if wanted, their trades, how far each symbol is known and verified, and funding rates (symbol, settlement in ms, rate): all of it or nothing.
 
         A later real bar replaces an earlier one, with its trades unless these prove less; a synthetic one replaces none.
         """
@@ -230,6 +237,7 @@ class Store:
                 db.execute('delete from trades where symbol=? and time >= ? and time < ?', (m.symbol, b.time, b.close_time))
                 db.executemany('insert into trades (symbol, time, price, amount, is_buy, id) values (?,?,?,?,?,?)', [(m.symbol, *x) for x in m.trades])
             db.executemany('insert or replace into frontiers values (?,?)', (frontiers or {}).items())
+            db.executemany('insert or ignore into rates (symbol, time, rate) values (?,?,?)', rates)
 
     def _holds(self, db: sqlite3.Connection, symbol: str, time: int) -> bool:
         "Whether a bar of this minute is there, live or compacted."
@@ -262,6 +270,9 @@ class Store:
             for symbol in sorted({r[1] for r in rows}): self.write(symbol, pl.DataFrame([r[2:] for r in rows if r[1] == symbol], schema=CANDLES, orient='row'))
             with self._tail() as db: db.executemany('delete from bars where rowid=?', [(r[0],) for r in rows])
             for kind, schema in (('trades', TRADES), ('evidence', EVIDENCE)): self._compact(kind, schema)
+            with self._tail() as db: rates = db.execute('select rowid, symbol, time, rate from rates').fetchall()
+            for symbol in sorted({r[1] for r in rates}): self.write_funding(symbol, pl.DataFrame([r[2:] for r in rates if r[1] == symbol], schema=FUNDING, orient='row'))
+            with self._tail() as db: db.executemany('delete from rates where rowid=?', [(r[0],) for r in rates])
         return len(rows)
 
     def _compact(self, kind: str, schema: FrameSchema) -> None:
@@ -309,24 +320,20 @@ class Store:
         if not (self.folder / 'tail.sqlite').exists(): return []
         with self._tail() as db: return [json.loads(r[0]) for r in db.execute('select body from sessions order by start')]
 
+    def _funding(self, symbol: str) -> Path: return self._dir('funding', symbol) / 'month=all' / 'funding.parquet'
     def write_funding(self, symbol: str, df: pl.DataFrame) -> None:
-        "Merge funding rates: columns time (settlement, ms) and rate (fraction per 8 h)."
+        "Merge funding rates, columns of FUNDING, into their file."
         with self._lock():
-            path = self._dir('funding', symbol) / 'month=all' / 'funding.parquet'
+            path = self._funding(symbol)
             old = [pl.read_parquet(path, hive_partitioning=False)] if path.exists() else []
-            write_parquet(path, pl.concat([*old, df.select(pl.col('time').cast(pl.Int64), pl.col('rate').cast(pl.Float64))]).unique('time', keep='last').sort('time'))
-
-    def funding_mark(self, symbol: str) -> tuple[int, int, int]:
-        "Changes when the funding rates of `symbol` on disk do."
-        try: at = (self._dir('funding', symbol) / 'month=all' / 'funding.parquet').stat()
-        except FileNotFoundError: return 0, 0, 0
-        return at.st_ino, at.st_size, at.st_mtime_ns
+            write_parquet(path, pl.concat([*old, df.select(pl.col(c).cast(t) for c, t in FUNDING.items())]).unique('time', keep='last').sort('time'))
 
     def read_funding(self, symbol: str, start: int, end: int) -> pl.DataFrame:
-        "Funding rates settled in start <= time < end: columns time and rate."
-        path, schema = self._dir('funding', symbol) / 'month=all' / 'funding.parquet', {'time': pl.Int64, 'rate': pl.Float64}
-        if not path.exists(): return pl.DataFrame(schema=schema)
-        return pl.read_parquet(path, columns=list(schema), hive_partitioning=False).filter(pl.col('time') >= start, pl.col('time') < end)
+        "Funding rates settled in start <= time < end (ms), sorted, each once; columns of FUNDING."
+        new, path = self._tail_frame('rates', symbol, start, end, FUNDING), self._funding(symbol)       # the tail first: compaction moves rows from here to there
+        if not path.exists(): return new
+        kept = pl.read_parquet(path, columns=list(FUNDING), hive_partitioning=False).filter(pl.col('time') >= start, pl.col('time') < end)
+        return pl.concat([kept, new]).unique('time', keep='first').sort('time') if len(new) else kept
 
     def _query(self, kind: str, symbol: str, start: int, end: int, schema: FrameSchema) -> pl.DataFrame:
         files = sorted(self._dir(kind, symbol).glob('*=*/*.parquet'))
@@ -335,20 +342,24 @@ class Store:
         rows = pl.scan_parquet(wanted, hive_partitioning=False).select(list(schema)).filter(pl.col('time') >= start, pl.col('time') < end)
         return rows.sort('time', maintain_order=True).collect().cast({c: t for c, t in schema.items()})
 
-    def news(self, symbols: Iterable[str], start: int, end: int, since: Mark | None) -> tuple[Mark, dict[str, list[tuple[Any, ...]]] | None]:
-        "The bars of `symbols`, as rows of CANDLES, that came into the tail since the mark `since`, and a new mark; None instead of bars where more changed in [start, end) (ms) than that, so that all must be read again."
-        rows: dict[str, list[tuple[Any, ...]]] = {s: [] for s in symbols}
-        parts = [f for s in rows for f in sorted(self._dir('candles', s).glob('*=*/*.parquet')) if _overlaps(f.parent.name.partition('=')[2], start, end)]
+    def news(self, symbols: Iterable[str], start: int, end: int, since: Mark | None) -> tuple[Mark, News | None]:
+        "What came into the tail for `symbols` since the mark `since`, and a new mark; None where more changed in [start, end) (ms) than that, so that all must be read again."
+        found = News({s: [] for s in symbols}, {s: [] for s in symbols})
+        parts = [f for s in found.bars for f in sorted(self._dir('candles', s).glob('*=*/*.parquet')) if _overlaps(f.parent.name.partition('=')[2], start, end)]
+        parts += [f for s in found.bars if (f := self._funding(s)).exists()]
         with self._tail() as db:
             # The tail grows by news alone: only its identity counts. Files are looked at first, so that what comes meanwhile is news of the next time.
             def look() -> tuple[Any, ...]: return (self.folder / 'tail.sqlite').stat().st_ino, *((str(f), at.st_ino, at.st_size, at.st_mtime_ns) for f in parts if (at := f.stat()))
             marks = look()
             follows = since is not None and since.files == marks
-            last, top = since.row if since and follows else 0, int(db.execute('select coalesce(max(rowid), 0) from bars').fetchone()[0])
-            for s, *row in db.execute(f'select symbol, {", ".join(CANDLES)} from bars where rowid > ? and rowid <= ? order by time', (last, top)):
-                if s in rows: rows[s].append(tuple(row))
+            seen = list[int]()
+            for i, (table, schema, rows) in enumerate((('bars', CANDLES, found.bars), ('rates', FUNDING, found.rates))):
+                last, top = since.rows[i] if since and follows else 0, int(db.execute(f'select coalesce(max(rowid), 0) from {table}').fetchone()[0])
+                for s, *row in db.execute(f'select symbol, {", ".join(schema)} from {table} where rowid > ? and rowid <= ? order by time', (last, top)):
+                    if s in rows: rows[s].append(tuple(row))
+                seen.append(max(last, top))
             follows = follows and look() == marks      # nothing was compacted away meanwhile
-        return Mark(max(last, top), marks), rows if follows else None
+        return Mark((seen[0], seen[1]), marks), found if follows else None
 
     def missing(self, symbol: str, start: int, end: int) -> list[tuple[int, int]]:
         "The ranges [a, b) of minutes in [start, end) that the store does not hold."

@@ -239,7 +239,7 @@ def test_news_are_appended_and_anything_else_is_read_anew(demo: Demo, tmp_path: 
         same(end + (i + 1) * STEP)
     assert built == [1] * 6, "nothing was read again"
     at = end + 4 * STEP
-    for x in symbols: store.write_funding(x, pl.DataFrame({"time": [at + STEP], "rate": [0.0007]}))
+    store.keep([], rates=[(x, at + STEP, 0.0007) for x in symbols])
     bring(at + 2 * MINUTE, at + STEP, skip=at + 3 * MINUTE)                    # one minute does not come: flat
     same(at + STEP)
     bring(at + 3 * MINUTE, at + 4 * MINUTE)                       # it comes late, with the next bar

@@ -241,3 +241,34 @@ def test_a_tail_that_another_process_writes_is_waited_for(tmp_path: Path) -> Non
         db.commit()
         store.keep([one(1)])
     assert len(store.read(BTC, 0, DAY)) == 2
+
+
+async def test_a_settled_rate_goes_to_the_disk_with_the_minutes(tmp_path: Path) -> None:
+    """Known at the very moment of its settlement; what the disk does not take waits; a second life asks the disk before the venue."""
+    async with emulator(now=NOW + 8 * HOUR) as e, Exchange(Settings(), options=client_options(e.url), clock=Clock(rate=0), tries=1) as venue:
+        store, life = store_at(tmp_path), lambda: Follower(venue, store, Settings(), pause=0.0, say=lambda _: None)
+        first = life()
+        await first.funding()
+        newest = first.feed.symbols[BTC].funding
+        assert newest is not None and newest.event_time == venue.clock.now() == NOW + 8 * HOUR and store.read_funding(BTC, 0, NOW + DAY).is_empty()
+        store.folder.mkdir(parents=True, exist_ok=True)
+        (store.folder / "tail.sqlite").mkdir()
+        await first.flush()
+        assert first.disk_errors == 1
+        (store.folder / "tail.sqlite").rmdir()
+        await first.flush()
+        rates = store.read_funding(BTC, 0, NOW + DAY)
+        assert rates["time"].to_list() == list(range(NOW - DAY, NOW + 8 * HOUR + 1, 8 * HOUR)) and rates.row(-1) == (newest.event_time, newest.value)
+        e.fault("contract_down", 60.0)
+        await first.funding()
+        second = life()
+        await second.funding()
+        assert second.feed.symbols[BTC].funding == newest
+        await e._end("contract_down")
+        await e.clock.step(8 * 60)
+        venue.clock.set(e.clock.now)
+        await second.funding()
+        await second.flush()
+        assert store.read_funding(BTC, 0, NOW + DAY)["time"].to_list()[-2:] == [NOW + 8 * HOUR, NOW + 16 * HOUR] and len(store.read_funding(BTC, 0, NOW + DAY)) == len(rates) + 1
+        store.compact()
+        assert store.read_funding(BTC, 0, NOW + DAY).height == len(rates) + 1 and store.missing(BTC, NOW, NOW) == []
