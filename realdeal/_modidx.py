@@ -776,6 +776,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'realdeal.ingest.Follower.slow_facts': ('ingest.html#follower.slow_facts', 'realdeal/ingest.py'),
                                  'realdeal.ingest.Follower.sync': ('ingest.html#follower.sync', 'realdeal/ingest.py'),
                                  'realdeal.ingest.Follower.tick': ('ingest.html#follower.tick', 'realdeal/ingest.py'),
+                                 'realdeal.ingest.Follower.unwritten': ('ingest.html#follower.unwritten', 'realdeal/ingest.py'),
                                  'realdeal.ingest.Follower.verify': ('ingest.html#follower.verify', 'realdeal/ingest.py'),
                                  'realdeal.ingest.Market': ('ingest.html#market', 'realdeal/ingest.py'),
                                  'realdeal.ingest.Market.source': ('ingest.html#market.source', 'realdeal/ingest.py'),

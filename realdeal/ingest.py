@@ -247,6 +247,11 @@ class Follower:
                 if not isinstance(e, NotWritten): raise
                 self._disk_error(e)
 
+    @property
+    def unwritten(self) -> bool:
+        "Whether something is known that is not on the disk yet."
+        return bool(self._waiting or self._rates or self._disk.locked())
+
     def _disk_error(self, e: NotWritten) -> None:
         if not self.disk_errors: self.say(str(e))
         self.disk_errors += 1
@@ -316,7 +321,7 @@ class Follower:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds): await ended.wait()
         rate, data = max(1.0, self.venue.clock.rate), self.s.data
-        asking = [(0.25, 'repair', self.mend), (data.time_sync, 'time', self.sync), (data.verify_every * 60 / rate, 'verify', self.verify), (3600 / rate, 'funding', self.slow_facts),
+        asking = [(0.25, 'repair', self.mend), (data.time_sync, 'time', self.sync), (data.verify_every * 60 / rate, 'verify', self.verify), (3600 / rate, 'funding', self.slow_facts), (60 / rate, 'rates', self.funding),
             *([(0.5, 'book', self.books)] if 'book' in self.kinds else [])]
         writing = [(0.5, 'disk', self.flush), (5.0, 'ledger', self._keep_ledger), (10.0, 'disk', self._compact)]
         tasks = [asyncio.create_task(every(*j)) for j in (*asking, *writing)]

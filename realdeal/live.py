@@ -406,8 +406,9 @@ class Runner:
         final = self.follower.grew if not self.stepped and all(self.knows(x, at) for x in self.s.data.symbols) else time.time()
         await self.gather(at)
         symbols = self.s.data.symbols
-        seen = {x: self.feed.md(x) for x in symbols}
         blind = [x for x in symbols if not self.knows(x, at)]
+        if self.follower.unwritten: await self.follower.flush()      # what became known meanwhile counts as known, and is looked at on the disk
+        seen = {x: self.feed.md(x) for x in symbols}
         if blind != self.blind: self.desk.note('blind', f'the last minutes of {", ".join(blind)} are not known' if blind else 'the last minutes of all symbols are known again')
         self.blind = blind
         p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})

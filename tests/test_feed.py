@@ -272,3 +272,26 @@ async def test_a_settled_rate_goes_to_the_disk_with_the_minutes(tmp_path: Path) 
         assert store.read_funding(BTC, 0, NOW + DAY)["time"].to_list()[-2:] == [NOW + 8 * HOUR, NOW + 16 * HOUR] and len(store.read_funding(BTC, 0, NOW + DAY)) == len(rates) + 1
         store.compact()
         assert store.read_funding(BTC, 0, NOW + DAY).height == len(rates) + 1 and store.missing(BTC, NOW, NOW) == []
+
+
+async def test_a_rate_that_was_not_told_is_asked_for_each_minute(tmp_path: Path) -> None:
+    """The venue's contracts were down when it was settled."""
+    settled = NOW + 8 * HOUR
+    async with emulator(now=settled - 5 * MINUTE, speed=240.0) as e:
+        e.clock.run()
+        async with Exchange(Settings(), options=client_options(e.url), clock=Clock(rate=240.0), tries=1) as venue:
+            f, stop = Follower(venue, store_at(tmp_path), Settings(), say=lambda _: None), asyncio.Event()
+            await f.funding()
+            e.fault("contract_down", 600.0)
+            f.begin()
+            await f.streams.open()
+            running = asyncio.create_task(f.run(stop))
+            async with asyncio.timeout(20):
+                while venue.clock.now() < settled + 5 * MINUTE: await asyncio.sleep(0.02)  # noqa: ASYNC110
+                assert f.feed.symbols[BTC].funding.event_time == NOW
+                await e._end("contract_down")
+                while any(f.feed.symbols[x].funding.event_time < settled for x in SYMBOLS): await asyncio.sleep(0.02)  # noqa: ASYNC110
+            assert venue.clock.now() < settled + 20 * MINUTE
+            stop.set()
+            await running
+            await f.streams.close()

@@ -315,3 +315,34 @@ async def test_the_clock_of_the_orders_venue_is_set_as_well(tmp_path: Path) -> N
             asyncio.get_running_loop().call_later(1.0, stop.set)
             await run_clock(r, stop)
             assert abs(orders.clock.now() - r.venue.clock.now()) < 2_000
+
+
+async def test_what_becomes_known_while_a_decision_gathers_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last minute is told when the others are written already: it counts as known, so the decision must see it."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        await r.start()
+        due, flush, late = e.clock.now // MINUTE * MINUTE + r.every, r.follower.flush, [True]
+
+        async def wait(minutes: int) -> None:
+            await e.clock.step(minutes)
+            r.venue.clock.set(e.clock.now)
+            await asyncio.sleep(0.3)      # until the frames are here
+
+        def hear() -> None:
+            while r.follower.drain(): pass
+            r.follower.tick(e.clock.now + r.s.data.close_grace_ms)
+
+        async def flushed() -> None:
+            await flush()
+            if late: late.clear(), hear()
+
+        await wait(r.every // MINUTE - 1)
+        hear()
+        await flush()
+        await wait(1)
+        assert not r.knows(BTC, due)
+        monkeypatch.setattr(r.follower, "flush", flushed)
+        await r.step(due)
+        told = r.journal.rows("decisions")[-1]
+        assert r.knows(BTC, due) and not late and told["time"] == due and "blind" not in told["inputs"]
+        assert told["inputs"]["snapshot"]["prices"] == {x: r.store.read(x, due - MINUTE, due)["close"][-1] for x in SYMBOLS}
