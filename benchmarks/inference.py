@@ -38,7 +38,6 @@ from realdeal.types import DAY
 COLD = """
 import sys, time
 began = time.perf_counter()
-import lightgbm, onnxruntime
 from pathlib import Path
 from realdeal.ensemble import load_predictor
 from realdeal.settings import read_settings
