@@ -590,6 +590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'realdeal.features._pairs': ('features.html#_pairs', 'realdeal/features.py'),
                                    'realdeal.features._panel': ('features.html#_panel', 'realdeal/features.py'),
                                    'realdeal.features._peer': ('features.html#_peer', 'realdeal/features.py'),
+                                   'realdeal.features._rates': ('features.html#_rates', 'realdeal/features.py'),
                                    'realdeal.features._residual': ('features.html#_residual', 'realdeal/features.py'),
                                    'realdeal.features._rows': ('features.html#_rows', 'realdeal/features.py'),
                                    'realdeal.features._sample': ('features.html#_sample', 'realdeal/features.py'),

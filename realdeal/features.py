@@ -263,7 +263,7 @@ def panel(candles: Mapping[str, pl.DataFrame], funding: Mapping[str, pl.DataFram
     first = _first(candles, end)
     grids = [grid15(_minutes(c, first, end)) for c in candles.values()]
     times, cube = _cube(pl.concat(grids), len(grids))
-    return _panel(tuple(candles), times, np.concatenate([cube, _base(cube)], axis=1), [_settled(funding.get(s)) for s in candles], start, features)
+    return _panel(tuple(candles), times, np.concatenate([cube, _base(cube)], axis=1), _settled(_rates([funding.get(s) for s in candles]), len(candles)), start, features)
 
 def _first(candles: Mapping[str, pl.DataFrame], end: int) -> int:
     "When the first bar of all symbols opens (ms)."
@@ -276,10 +276,17 @@ def _minutes(c: pl.DataFrame, first: int, end: int) -> pl.DataFrame:
     if b - a == len(range(first, end, MINUTE)): return c[a:b]
     return dense(c[:b], int(c['time'][0]), end).filter(_c('time') >= first)
 
-def _settled(funding: pl.DataFrame | None) -> pl.DataFrame:
-    "What is known from each settlement on."
-    known = pl.DataFrame(schema={'time': pl.Int64, 'rate': pl.Float64}) if funding is None else funding.select(_c('time').cast(pl.Int64), _c('rate').cast(pl.Float64)).sort('time')
-    return known.select('time', **_FUNDING)
+_RATES = {'of': pl.Int64, 'time': pl.Int64, 'rate': pl.Float64}      # of: the symbol, by its place
+
+def _rates(funding: Sequence[pl.DataFrame | None]) -> pl.DataFrame:
+    "The rates of all symbols, one below the other."
+    return pl.concat([pl.DataFrame(schema=_RATES), *(f.select(pl.lit(i, pl.Int64).alias('of'), _c('time').cast(pl.Int64), _c('rate').cast(pl.Float64)) for i, f in enumerate(funding) if f is not None)])
+
+def _settled(rates: pl.DataFrame, n: int) -> list[pl.DataFrame]:
+    "What is known of each of `n` symbols from each settlement on."
+    known = rates.sort('of', 'time', maintain_order=True).select('of', 'time', **{c: e.over('of') for c, e in _FUNDING.items()})
+    parts = known.partition_by('of', include_key=False, as_dict=True)
+    return [parts.get((i,), known[:0]) for i in range(n)]
 
 def _cube(grids: pl.DataFrame, n: int) -> tuple[np.ndarray, np.ndarray]:
     "Grids of `n` symbols, one below the other, as times (time,) and values (symbol, column, time)."
@@ -348,8 +355,8 @@ class Window:
         self.symbols, self.features, self.size = tuple(candles), tuple(features), rows
         self.keep = max(WARMUP, *(f.warmup + 1 for f in features)) + rows - 1
         self.end = max(first, end // STEP * STEP)          # where the open bar began (ms)
-        self.rates = {s: funding[s].select('time', 'rate') if s in funding else pl.DataFrame(schema={'time': pl.Int64, 'rate': pl.Float64}) for s in candles}
-        self.facts = {s: _settled(r) for s, r in self.rates.items()}
+        self.rates, self.told = _rates([funding.get(s) for s in candles]), list[tuple[int, int, float]]()      # what settled, and what did since `facts` were made
+        self.facts = _settled(self.rates, len(candles))
         full = [dense(c.filter(_c('time') < end), int(c['time'][0]), end) for c in candles.values()]
         self.next, self.last = [end] * len(full), [f['close'][-1] for f in full]      # by symbol: the minute that is due, the last close
         grids = [grid15(f.filter(_c('time').is_between(first, self.end, closed='left'))).tail(self.keep) for f in full]
@@ -372,15 +379,15 @@ class Window:
 
     def settle(self, symbol: str, time: int, rate: float) -> None:
         "A funding rate settled at `time` (ms): the rows from then on know it."
-        self._index(symbol)
-        new = pl.DataFrame({'time': [time], 'rate': [float(rate)]}, schema={'time': pl.Int64, 'rate': pl.Float64})
-        known = pl.concat([self.rates[symbol], new]).filter(_c('time') >= self.end - self.size * STEP - FUNDING_WINDOW)
-        self.rates[symbol] = known.unique('time', keep='last', maintain_order=True)
-        self.facts[symbol] = _settled(self.rates[symbol])
+        self.told.append((self._index(symbol), time, float(rate)))
 
     def panel(self) -> Panel:
         "The newest rows."
-        return _panel(self.symbols, self.times, self.cube, list(self.facts.values()), self.end - (self.size - 1) * STEP, self.features)
+        if self.told:       # of all symbols at once, for they settle at one time
+            known = pl.concat([self.rates, pl.DataFrame(self.told, schema=_RATES, orient='row')]).filter(_c('time') >= self.end - self.size * STEP - FUNDING_WINDOW)
+            self.rates, self.told = known.unique(['of', 'time'], keep='last', maintain_order=True), []
+            self.facts = _settled(self.rates, len(self.symbols))
+        return _panel(self.symbols, self.times, self.cube, self.facts, self.end - (self.size - 1) * STEP, self.features)
 
     def _index(self, symbol: str) -> int:
         if symbol not in self.symbols: raise BadData(f'{symbol}: not of this window, which holds {", ".join(self.symbols)}')
