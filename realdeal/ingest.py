@@ -237,8 +237,8 @@ class Follower:
             return found
         return sum(await self._each(one))
 
-    async def flush(self) -> None:
-        "Write what became known; what the disk does not take waits for the next time."
+    async def flush(self) -> bool:
+        "Write what became known, and tell whether the disk took it; what it does not take waits for the next time."
         async with self._disk:
             batch, rates, self._waiting, self._rates = self._waiting, self._rates, [], []
             try: await asyncio.to_thread(self.store.keep, batch, self.trades, self._frontiers(), rates)
@@ -246,6 +246,8 @@ class Follower:
                 self._waiting, self._rates = batch + self._waiting, rates + self._rates
                 if not isinstance(e, NotWritten): raise
                 self._disk_error(e)
+                return False
+            return True
 
     @property
     def unwritten(self) -> bool:

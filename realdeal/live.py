@@ -5,7 +5,7 @@
 # %% ../nbs/41_live.ipynb #ccbaa96d
 from __future__ import annotations
 import asyncio, contextlib, math, os, re, signal, sys, time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -125,7 +125,7 @@ class Forecaster:
     """Forecasts off the event loop: one thread, at most `waiting` asked at once, all symbols together, and each bar once. The predictor may be exchanged between two bars."""
     def __init__(self, store: Store, symbols: Sequence[str], predictor: EnsemblePredictor, waiting: int = 4):
         self.store, self.symbols, self.waiting, self.asked = store, symbols, waiting, 0
-        self._pool, self._said = ThreadPoolExecutor(1, thread_name_prefix='forecast'), OrderedDict[tuple[str, int], Look]()
+        self._pool, self._said = ThreadPoolExecutor(1, thread_name_prefix='forecast'), dict[tuple[str, int, Mark | None], Look]()      # the last: by model, time and what the store held
         self.use(predictor)
 
     def use(self, predictor: EnsemblePredictor) -> None:
@@ -150,18 +150,18 @@ class Forecaster:
     async def at(self, time: int, texts: Texts | None = None) -> Look:
         "The look at `time` (ms). Retry when too many ask."
         predictor, rolling = self.predictor, self.rolling
-        if known := self._said.get((predictor.model_hash, time)): return known
         if self.asked >= self.waiting: raise Retry(f'{self.asked} forecasts are waiting already: the machine is too slow, or too many ask')
         self.asked += 1
         try: return await asyncio.get_running_loop().run_in_executor(self._pool, self._look, predictor, rolling, time, texts)
         finally: self.asked -= 1
 
     def _look(self, predictor: EnsemblePredictor, rolling: Rolling, time: int, texts: Texts | None) -> Look:
-        if known := self._said.get((predictor.model_hash, time)): return known      # by who asked before
         p = rolling.panel(time)
+        key = predictor.model_hash, time, rolling.mark
+        if known := self._said.get(key): return known      # by who asked before
         self._judge(predictor, rolling, time // DAY * DAY)
-        seen = self._said[predictor.model_hash, time] = look(p, time, predictor, texts, self.stability)
-        while len(self._said) > 2 * self.waiting: self._said.popitem(last=False)
+        seen = look(p, time, predictor, texts, self.stability)
+        self._said = {key: seen}
         return seen
 
     def close(self) -> None: self._pool.shutdown(wait=False, cancel_futures=True)
@@ -407,8 +407,9 @@ class Runner:
         await self.gather(at)
         symbols = self.s.data.symbols
         blind = [x for x in symbols if not self.knows(x, at)]
-        if self.follower.unwritten: await self.follower.flush()      # what became known meanwhile counts as known, and is looked at on the disk
         seen = {x: self.feed.md(x) for x in symbols}
+        # What became known meanwhile counts as known, and is looked at on the disk.
+        if self.follower.unwritten and not await self.follower.flush(): raise NotWritten(f'{utc(at)}: what is known is not on the disk, and nothing is decided without it')
         if blind != self.blind: self.desk.note('blind', f'the last minutes of {", ".join(blind)} are not known' if blind else 'the last minutes of all symbols are known again')
         self.blind = blind
         p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})

@@ -18,7 +18,7 @@ from .backtest import Difference, Parity, Result, Tape, agree, backtest, costs_o
 from .champions import hash_of, model_folder
 from .decide import State, decide
 from .ensemble import EnsemblePredictor, load_predictor
-from .features import STEP, WARMUP_MINUTES, Panel, panel
+from .features import FUNDING_EVERY, STEP, WARMUP_MINUTES, Panel, panel
 from .labels import forward_return
 from .market import SIMULATED_START, Candles, generate
 from .orders import plan
@@ -501,7 +501,13 @@ def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: S
         inputs = at[d.time]['inputs']
         if d.kind in ('fills', 'account') and (told := worked(d)): return told
         if inputs.get('blind'): return f'blind: the last minutes of {", ".join(inputs["blind"])} were not known'
+        if told := unsettled(d, inputs['md']): return told
         return late(d.time - reach(0), d.time, inputs['made'])
+    def unsettled(d: Difference, md: Mapping[str, Any]) -> str:
+        "The newest rate that was not known, where the difference may follow from it."
+        settled = d.time // FUNDING_EVERY * FUNDING_EVERY
+        of = [x for x, seen in md.items() if (not seen['funding'] or seen['funding']['event_time'] < settled) and (x == d.symbol or d.kind not in ('features', 'predictions'))]
+        return f'the rate of {", ".join(of)} that settled at {utc(settled)} was not known' if of and (d.kind != 'features' or 'funding' in d.text) else ''
     def worked(d: Difference) -> str:
         "What kept orders from what they would have got."
         over = [f'order {k} is {o.status.value}{o.reason and ": " + o.reason}' for k, o in x.orders.items() if o.intent.time == d.time and o.status not in (OrderStatus.FILLED, OrderStatus.CANCELED) and d.symbol in ('', o.intent.symbol)]

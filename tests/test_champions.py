@@ -208,6 +208,25 @@ async def test_forecasts_are_bounded_and_made_once(demo: Demo) -> None:
     f.close()
 
 
+async def test_a_bar_is_looked_at_anew_when_more_is_known(demo: Demo, tmp_path: Path) -> None:
+    """A look at a store that lacked minutes (a full disk, say) is not the one that counts when they are there."""
+    predictor, job, symbols = load_predictor(demo.data / "models", demo.job.s), demo.job, demo.job.s.data.symbols
+    store, end = Store(tmp_path, job.key), job.end() - DAY
+    start = end - reach(predictor.history_rows)
+    for x in symbols:
+        store.write(x, job.store.read(x, start, end - 5 * MINUTE))
+        store.write_funding(x, job.store.read_funding(x, start, end))
+    f = Forecaster(store, symbols, predictor)
+    lacking = await f.at(end)
+    assert await f.at(end) is lacking
+    store.keep([Minute(x, Bar(*r), (), None, "rest") for x in symbols for r in job.store.read(x, end - 5 * MINUTE, end).iter_rows()])
+    seen = await f.at(end)
+    whole = panel(*history(store, symbols, start, end), end, start=end)
+    np.testing.assert_allclose(seen.panel.X[seen.rows], whole.X, rtol=1e-12, atol=1e-15)
+    assert not np.allclose(lacking.panel.X[lacking.rows], whole.X, equal_nan=True), "otherwise this shows nothing"
+    f.close()
+
+
 def test_news_are_appended_and_anything_else_is_read_anew(demo: Demo, tmp_path: Path) -> None:
     """Four hours of bars that come one by one, a settlement, a minute that is late, one that is amended, a backfill, a compaction: the panel is that of the whole store, to the last digit."""
     job, symbols = demo.job, demo.job.s.data.symbols

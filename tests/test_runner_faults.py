@@ -20,7 +20,7 @@ from realdeal.exchange import Clock, Exchange
 from realdeal.live import Runner, run_clock
 from realdeal.settings import Settings
 from realdeal.store import Journal, Store, StoreKey
-from realdeal.types import DAY, MINUTE, BadSetting, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
+from realdeal.types import DAY, MINUTE, BadSetting, NotWritten, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
 from realdeal.wire import client_options
 
 
@@ -317,29 +317,52 @@ async def test_the_clock_of_the_orders_venue_is_set_as_well(tmp_path: Path) -> N
             assert abs(orders.clock.now() - r.venue.clock.now()) < 2_000
 
 
+async def wait(e: Emulator, r: Runner, minutes: int) -> None:
+    await e.clock.step(minutes)
+    r.venue.clock.set(e.clock.now)
+    await asyncio.sleep(0.3)      # until the frames are here
+
+
+def hear(e: Emulator, r: Runner) -> None:
+    while r.follower.drain(): pass
+    r.follower.tick(e.clock.now + r.s.data.close_grace_ms)
+
+
+async def test_nothing_is_decided_without_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes no minutes, though it would take the decision: there is none until they can be looked at."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        await r.start()
+        due = e.clock.now // MINUTE * MINUTE + r.every
+        for minutes in (r.every // MINUTE - 1, 1):
+            await wait(e, r, minutes)
+            hear(e, r)
+
+        def full(*_: object, **__: object) -> None: raise NotWritten("no space left")
+
+        with monkeypatch.context() as m:
+            m.setattr(r.store, "keep", full)
+            with pytest.raises(NotWritten, match="what is known is not on the disk"): await r.step(due)
+        assert r.knows(BTC, due) and r.follower.unwritten and r.journal.last_decision() is None
+        await r.step(due)
+        told = r.journal.last_decision()
+        assert told and told["time"] == due and told["inputs"]["snapshot"]["prices"] == {x: r.store.read(x, due - MINUTE, due)["close"][-1] for x in SYMBOLS}
+
+
 async def test_what_becomes_known_while_a_decision_gathers_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last minute is told when the others are written already: it counts as known, so the decision must see it."""
     async with emulator() as e, runner(tmp_path, e) as r:
         await r.start()
         due, flush, late = e.clock.now // MINUTE * MINUTE + r.every, r.follower.flush, [True]
 
-        async def wait(minutes: int) -> None:
-            await e.clock.step(minutes)
-            r.venue.clock.set(e.clock.now)
-            await asyncio.sleep(0.3)      # until the frames are here
+        async def flushed() -> bool:
+            done = await flush()
+            if late: late.clear(), hear(e, r)
+            return done
 
-        def hear() -> None:
-            while r.follower.drain(): pass
-            r.follower.tick(e.clock.now + r.s.data.close_grace_ms)
-
-        async def flushed() -> None:
-            await flush()
-            if late: late.clear(), hear()
-
-        await wait(r.every // MINUTE - 1)
-        hear()
+        await wait(e, r, r.every // MINUTE - 1)
+        hear(e, r)
         await flush()
-        await wait(1)
+        await wait(e, r, 1)
         assert not r.knows(BTC, due)
         monkeypatch.setattr(r.follower, "flush", flushed)
         await r.step(due)

@@ -11,9 +11,10 @@ from realdeal.desk import KILL, resume, throw
 from realdeal.emulator import serve
 from realdeal.ensemble import load_predictor
 from realdeal.exchange import Clock, Exchange
+from realdeal.features import FUNDING_EVERY, NAMES
 from realdeal.live import Runner, restless, run_steps
 from realdeal.market import SIMULATED_START, funding, generate
-from realdeal.provenance import places
+from realdeal.provenance import places, utc
 from realdeal.results import find_journal, read_session, replayed, report_session, tell_session
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, Missing, Refused, slug
@@ -122,6 +123,17 @@ def test_a_feature_moved_by_a_hair_is_named(lived, tmp_path) -> None:
     [d] = told['parity']['found']
     assert (d['time'], d['symbol'], d['kind'], d['why']) == (NOW + 60 * MINUTE, 'ETH/USDT', 'features', '') and 'feature ' in d['text']
     assert lights(told)['Parity'] == 'missed' and told['verdict'].startswith('**Red: parity.**') and '1 are **unexplained**' in told['verdict']
+
+
+def test_a_rate_that_was_not_known_explains_what_follows_from_it(lived, tmp_path) -> None:
+    s, at, apart = copy(lived['testnet'], tmp_path), NOW + 60 * MINUTE, [NAMES.index('funding'), NAMES.index('ret_1h')]
+    def unknown(x):
+        for i in apart: x['features']['ETH/USDT'][i] += 0.01
+        x['md']['ETH/USDT']['funding']['event_time'] -= FUNDING_EVERY
+        return x
+    edit(s, 'decisions', f'where time = {at}', unknown)
+    found = {d['text'].split(':')[0]: d['why'] for d in told_of(s)['parity']['found']}
+    assert found == {'feature funding': f'the rate of ETH/USDT that settled at {utc(at // FUNDING_EVERY * FUNDING_EVERY)} was not known', 'feature ret_1h': ''}
 
 
 def test_a_fill_that_was_changed_is_named(lived, tmp_path) -> None:
