@@ -897,6 +897,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'realdeal.live.Runner.lasting': ('live.html#runner.lasting', 'realdeal/live.py'),
                                'realdeal.live.Runner.leave': ('live.html#runner.leave', 'realdeal/live.py'),
                                'realdeal.live.Runner.own_capital': ('live.html#runner.own_capital', 'realdeal/live.py'),
+                               'realdeal.live.Runner.pause': ('live.html#runner.pause', 'realdeal/live.py'),
                                'realdeal.live.Runner.pin': ('live.html#runner.pin', 'realdeal/live.py'),
                                'realdeal.live.Runner.predictor': ('live.html#runner.predictor', 'realdeal/live.py'),
                                'realdeal.live.Runner.prices': ('live.html#runner.prices', 'realdeal/live.py'),

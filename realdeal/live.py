@@ -325,6 +325,11 @@ class Runner:
         now = self.venue.clock.now()
         return now >= self.due and (all(self.knows(x, self.due) for x in self.feed.symbols) or now >= self.due + self.s.data.close_grace_ms)
 
+    def pause(self) -> float:
+        "Seconds of the wall until the next look: a beat, or less where a decision is due before. A venue may tell the last bar before our clock says that it is over."
+        left = (self.due - self.venue.clock.now()) / 1000 / max(1.0, self.venue.clock.rate)
+        return min(BEAT, left) if left > 0 else BEAT
+
     async def tend(self) -> None:
         "What time brings: a switch that was thrown, orders that are open, a new minute, decisions that are due."
         await self.guard()
@@ -526,7 +531,7 @@ async def run_clock(r: Runner, stop: asyncio.Event, until: int | None = None) ->
     try:
         while not stop.is_set() and (until is None or r.venue.clock.now() < until):
             changed = asyncio.create_task(r.follower.changed.wait())
-            await asyncio.wait({following, changed}, timeout=BEAT, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({following, changed}, timeout=r.pause(), return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             r.follower.changed.clear()      # here: what changes while we tend wakes us at once
             for task in (following, *beside):

@@ -17,7 +17,7 @@ from realdeal.desk import kill_file, throw
 from realdeal.emulator import Emulator
 from realdeal.ensemble import load_predictor
 from realdeal.exchange import Clock, Exchange
-from realdeal.live import Runner, run_clock
+from realdeal.live import BEAT, Runner, run_clock
 from realdeal.settings import Settings
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, BadSetting, NotWritten, Observed, Order, OrderStatus, RealdealError, Refused, Rejected, Retry
@@ -315,6 +315,15 @@ async def test_the_clock_of_the_orders_venue_is_set_as_well(tmp_path: Path) -> N
             asyncio.get_running_loop().call_later(1.0, stop.set)
             await run_clock(r, stop)
             assert abs(orders.clock.now() - r.venue.clock.now()) < 2_000
+
+
+async def test_the_runner_looks_when_a_decision_is_due(tmp_path: Path) -> None:
+    """Not up to a beat later: all bars may be known by then, and nothing else wakes it."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        await r.start()
+        for left, seconds in ((60_000, BEAT), (10, 0.01), (0, BEAT), (-10, BEAT)):
+            r.venue.clock.set(r.due - left)
+            assert r.pause() == pytest.approx(seconds)
 
 
 async def wait(e: Emulator, r: Runner, minutes: int) -> None:
