@@ -505,9 +505,10 @@ def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: S
         return late(d.time - reach(0), d.time, inputs['made'])
     def unsettled(d: Difference, md: Mapping[str, Any]) -> str:
         "The newest rate that was not known, where the difference may follow from it."
+        if d.kind not in ('predictions', 'decisions', 'orders') and not (d.kind == 'features' and 'funding' in d.text): return ''
         settled = d.time // FUNDING_EVERY * FUNDING_EVERY
-        of = [x for x, seen in md.items() if (not seen['funding'] or seen['funding']['event_time'] < settled) and (x == d.symbol or d.kind not in ('features', 'predictions'))]
-        return f'the rate of {", ".join(of)} that settled at {utc(settled)} was not known' if of and (d.kind != 'features' or 'funding' in d.text) else ''
+        of = [x for x, seen in md.items() if (not seen['funding'] or seen['funding']['event_time'] < settled) and (x == d.symbol or d.kind in ('decisions', 'orders'))]
+        return f'the rate of {", ".join(of)} that settled at {utc(settled)} was not known' if of else ''
     def worked(d: Difference) -> str:
         "What kept orders from what they would have got."
         over = [f'order {k} is {o.status.value}{o.reason and ": " + o.reason}' for k, o in x.orders.items() if o.intent.time == d.time and o.status not in (OrderStatus.FILLED, OrderStatus.CANCELED) and d.symbol in ('', o.intent.symbol)]
