@@ -1134,6 +1134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'realdeal.results._pinned': ('results.html#_pinned', 'realdeal/results.py'),
                                   'realdeal.results._session': ('results.html#_session', 'realdeal/results.py'),
                                   'realdeal.results._template': ('results.html#_template', 'realdeal/results.py'),
+                                  'realdeal.results._unsettled': ('results.html#_unsettled', 'realdeal/results.py'),
                                   'realdeal.results._verdict': ('results.html#_verdict', 'realdeal/results.py'),
                                   'realdeal.results._walk_pages': ('results.html#_walk_pages', 'realdeal/results.py'),
                                   'realdeal.results.accept': ('results.html#accept', 'realdeal/results.py'),

@@ -246,9 +246,10 @@ class Difference(NamedTuple):
 
 @dataclass
 class Parity:
-    "How many values of each kind were `compared`, and those that were `found` to differ."
+    "How many values of each kind were `compared`, and those that were `found` to differ; `then`: decisions made again from less than is known now, that is, from what was known then."
     compared: Counter[str] = field(default_factory=Counter)
     found: list[Difference] = field(default_factory=list)
+    then: int = 0
 
     @property
     def share(self) -> float: return 1 - len(self.found) / max(1, self.compared.total())

@@ -417,6 +417,7 @@ class Runner:
         if self.follower.unwritten and not await self.follower.flush(): raise NotWritten(f'{utc(at)}: what is known is not on the disk, and nothing is decided without it')
         if blind != self.blind: self.desk.note('blind', f'the last minutes of {", ".join(blind)} are not known' if blind else 'the last minutes of all symbols are known again')
         self.blind = blind
+        lacked = {x: await asyncio.to_thread(self.store.missing, x, at - reach(0), at) for x in blind}      # what the look will not see
         p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})
         signals = [replace(g, side='flat', reason='blind: its last minutes are not known') if g.symbol in blind else g for g in signals]
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
@@ -425,7 +426,7 @@ class Runner:
         busy = {**{o.intent.symbol: f'order {k} is {o.status.value}' for k, o in self.memory.pending.items()}, **{x: f'halted: {why}' for x, why in self.desk.halts.items()}, **{x: 'blind' for x in blind if decision.targets.get(x)}}
         intents = [self.quoted(i) for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
         inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()},
-            made=self.venue.clock.now(), **{k: v for k, v in (('blind', blind), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
+            made=self.venue.clock.now(), **{k: v for k, v in (('blind', lacked), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
         self.reached('decided')
         with self.journal.transaction():
             self.journal.add_decision(at, inputs, decision, state.to_json())

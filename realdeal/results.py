@@ -475,6 +475,7 @@ def replayed(x: Lived) -> Parity:
     for (s, rows), before, after in zip(parts, [None, *(p[-1] for _, p in parts)], [*(p[0] for _, p in parts[1:]), None], strict=False):
         one = _again(x, s, rows, before, after)
         told.compared.update(one.compared)
+        told.then += one.then
         told.found += explained(x, s, rows, one.found)
     return told
 
@@ -483,9 +484,24 @@ def _again(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], before: Map
     times, by, every = [d['time'] for d in rows], speakers(rows, s, places(s, x.store.key.source), places(s, 'recorded')), s.strategy.decision_every * MINUTE
     first = times[0] - max(y.drift_rows for y in by.values()) * STEP
     candles, funding = history(x.store, s.data.symbols, first - WARMUP_MINUTES * MINUTE, times[-1] + every)
-    p = panel({k: c.filter(pl.col('time') < times[-1]) for k, c in candles.items()}, funding, times[-1], start=first)
+    def seen(d: Mapping[str, Any]) -> Panel:
+        "The panel of what the decision `d` knew."
+        time, lacked, settled = d['time'], d['inputs'].get('blind', {}), _unsettled(d)
+        def had(k: str) -> pl.Expr: return pl.all_horizontal(pl.col('time') < time, *(~pl.col('time').is_between(a, b, closed='left') for a, b in lacked.get(k, ())))
+        return panel({k: c.filter(had(k)) for k, c in candles.items()}, {k: f.filter(pl.col('time') <= settled.get(k, time)) for k, f in funding.items()}, time, start=time - max(y.drift_rows for y in by.values()) * STEP)
+    whole = panel({k: c.filter(pl.col('time') < times[-1]) for k, c in candles.items()}, funding, times[-1], start=first)
+    less = [d for d in rows if d['inputs'].get('blind') or _unsettled(d)]
+    parts = [*([said_again(rest, by, whole)] if (rest := [d for d in rows if d not in less]) else []), *(said_again([d], by, seen(d)) for d in less)]
+    def column(k: str) -> Any: return np.concatenate([getattr(p, k) for p, _ in parts])
+    made = replace(whole, **{k: column(k) for k in ('times', 'group', 'X', 'close', 'high', 'low', 'sigma', 'real')})
     rules = {k: MarketRules(**v) for k, v in x.facts['setup']['rules'].items()}
-    return replay(rows, x.rows['intents'], x.rows['fills'] if x.paper else None, *said_again(rows, by, p), tape(candles, times[0], times[-1] + every, s.costs), rules, s, before, after)
+    told = replay(rows, x.rows['intents'], x.rows['fills'] if x.paper else None, made, [g for _, said in parts for g in said], tape(candles, times[0], times[-1] + every, s.costs), rules, s, before, after)
+    return replace(told, then=len(less))
+
+def _unsettled(d: Mapping[str, Any]) -> dict[str, int]:
+    "The symbols of which the decision `d` did not know the rate that had settled, and when the one that it knew had (0: none)."
+    known = {x: seen['funding']['event_time'] if seen['funding'] else 0 for x, seen in d['inputs']['md'].items()}
+    return {x: at for x, at in known.items() if at < d['time'] // FUNDING_EVERY * FUNDING_EVERY}
 
 def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: Sequence[Difference]) -> list[Difference]:
     "`found` among the decisions `rows`, each with what explains it."
@@ -498,23 +514,16 @@ def explained(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], found: S
         seen = evidence.filter((pl.col('time') >= a) & (pl.col('time') < b) & (pl.col('time') + MINUTE + pl.col('known') > later))
         return '' if seen.is_empty() else f'{len(seen)} minutes became known later, such as {seen["symbol"][-1]} {utc(seen["time"][-1])} after {seen["known"][-1] / 1000:.1f} s'
     def why(d: Difference) -> str:
-        inputs = at[d.time]['inputs']
         if d.kind in ('fills', 'account') and (told := worked(d)): return told
-        if inputs.get('blind'): return f'blind: the last minutes of {", ".join(inputs["blind"])} were not known'
-        if told := unsettled(d, inputs['md']): return told
-        return late(d.time - reach(0), d.time, inputs['made'])
-    def unsettled(d: Difference, md: Mapping[str, Any]) -> str:
-        "The newest rate that was not known, where the difference may follow from it."
-        if d.kind not in ('predictions', 'decisions', 'orders') and not (d.kind == 'features' and 'funding' in d.text): return ''
-        settled = d.time // FUNDING_EVERY * FUNDING_EVERY
-        of = [x for x, seen in md.items() if (not seen['funding'] or seen['funding']['event_time'] < settled) and (x == d.symbol or d.kind in ('decisions', 'orders'))]
-        return f'the rate of {", ".join(of)} that settled at {utc(settled)} was not known' if of else ''
+        return late(d.time - reach(0), d.time, at[d.time]['inputs']['made'])
     def worked(d: Difference) -> str:
         "What kept orders from what they would have got."
         over = [f'order {k} is {o.status.value}{o.reason and ": " + o.reason}' for k, o in x.orders.items() if o.intent.time == d.time and o.status not in (OrderStatus.FILLED, OrderStatus.CANCELED) and d.symbol in ('', o.intent.symbol)]
         if over: return '; '.join(over)
         kills = [i['text'] for i in x.rows['incidents'] if i['kind'] == 'killed' and d.time <= i['time'] < d.time + every]
         if kills: return f'killed: {kills[0]}'
+        gone = [k for k in ([d.symbol] if d.symbol else s.data.symbols) if x.store.missing(k, d.time, d.time + MINUTE)]
+        if gone: return f'the store holds no minute of {", ".join(gone)} from {utc(d.time)} on'
         return late(d.time, d.time + every, pl.col('time') + MINUTE + s.data.close_grace_ms)
     return [d._replace(why=why(d)) for d in found]
 
@@ -529,7 +538,7 @@ def session_lights(x: Lived, told: Parity | None, lost: Sequence[str], not_made:
     up = cards.judge('uptime', f['uptime'], x.store.key.source)
     bare = [d for d in told.found if not d.why] if told else []
     again: pages.Light = ('Parity', '–', 'not measured', 'not measured', (not_made,)) if told is None else light('Parity', pages.show(told.share, 'fraction'), not bare and not lost,
-        f'{told.compared.total():,} values computed again', f'{len(told.found):,} differ, {len(bare):,} of them unexplained' if told.found else '', *lost[:1])
+        f'{told.compared.total():,} values computed again', f'{told.then} decisions from what was known then' if told.then else '', f'{len(told.found):,} differ, {len(bare):,} of them unexplained' if told.found else '', *lost[:1])
     slow = max((k['stood'] - k['thrown'] for k in kills), default=0.0)
     return [('Uptime', pages.show(f['uptime'], 'fraction'), up.status, up.status, (f'target {pages.show(up.target, "fraction")}', up.note)), light('Missed decisions', f'{f["missed"]}', f['missed'] == 0, f'{f["decisions"]} made'),
         light('Failed orders', f'{f["failed_orders"]}', f['failed_orders'] == 0, f'{f["orders"]} orders', ', '.join(f'{v} {k}' for k, v in f['by_status'].items())),
@@ -558,7 +567,7 @@ def tell_session(x: Lived) -> dict[str, Any]:
         'verdict': _verdict(x, equity, low, told, failed, red, drill), 'lights': lights, 'figures': f, 'minutes': minutes, 'costs': costs_of(x.fills, t), 'latency': x.facts.get('latency') or {}, 'kills': x.facts.get('kills') or [],
         'fills': [as_dict(y) for y in x.fills], 'unfilled': [{**as_dict(o.intent), 'status': o.status.value, 'filled': o.filled, 'reason': o.reason} for o in x.orders.values() if o.status is not OrderStatus.FILLED],
         'incidents': x.rows['incidents'], 'sessions': x.facts.get('sessions') or [], 'models': x.facts.get('models') or [], 'drill': drill,
-        'parity': {'compared': dict(told.compared) if told else {}, 'share': told.share if told else None, 'failed': failed, 'lost': lost, 'found': [d._asdict() for d in told.found] if told else []}})
+        'parity': {'compared': dict(told.compared) if told else {}, 'then': told.then if told else 0, 'share': told.share if told else None, 'failed': failed, 'lost': lost, 'found': [d._asdict() for d in told.found] if told else []}})
 
 def equity_of(fills: Sequence[Fill], t: Tape, capital: float) -> np.ndarray:
     "Cash and positions (n,) at the close of every minute of the tape, in quote, by what was filled, in whatever coin its fee was taken."
@@ -571,7 +580,7 @@ def equity_of(fills: Sequence[Fill], t: Tape, capital: float) -> np.ndarray:
 
 def _verdict(x: Lived, equity: np.ndarray, low: np.ndarray, told: Parity | None, failed: str, red: Sequence[str], drill: int) -> str:
     f, key, bare = x.figures, x.store.key, sum(not d.why for d in told.found) if told else 0
-    what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.')
+    what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.') + (f' {told.then} decisions were made again from what was known then, which is less than the store holds now.' if told.then else '')
     return (f'**{"Red: " + ", ".join(red) if red else "Nothing is red"}.** Stage {x.s.live.stage} at {key.venue} ({key.market}), {f["hours"]:.1f} hours: {f["decisions"]} decisions, {f["missed"]} missed; {f["orders"]} orders, {f["fills"]} fills. '
         f'Equity went from {x.facts["capital"]:,.2f} to {equity[-1]:,.2f}, at most {abs(low.min()):.1%} below its peak. {what}' + (f' A drill: a coin made {drill} of the decisions.' if drill else ''))
 

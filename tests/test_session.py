@@ -1,5 +1,6 @@
 """A runner's session on the emulator, told from its journal and made again from its store; what was changed afterwards is found and named."""
 import asyncio, json, shutil, sqlite3
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 import polars as pl, pytest
@@ -11,10 +12,10 @@ from realdeal.desk import KILL, resume, throw
 from realdeal.emulator import serve
 from realdeal.ensemble import load_predictor
 from realdeal.exchange import Clock, Exchange
-from realdeal.features import FUNDING_EVERY, NAMES
-from realdeal.live import Runner, restless, run_steps
+from realdeal.features import FUNDING_EVERY
+from realdeal.live import Runner, restless, run_clock, run_steps
 from realdeal.market import SIMULATED_START, funding, generate
-from realdeal.provenance import places, utc
+from realdeal.provenance import places
 from realdeal.results import find_journal, read_session, replayed, report_session, tell_session
 from realdeal.store import Journal, Store, StoreKey
 from realdeal.types import DAY, MINUTE, Missing, Refused, slug
@@ -26,17 +27,24 @@ NOW = SIMULATED_START + (DAYS - 1) * DAY
 KEY = StoreKey(source='simulated', venue='emulator', market='realistic-11')
 
 
-async def drill(s, minutes, every=lambda now: None, now=NOW, shaped=restless):
-    "A runner whose decisions a coin makes, with models, store and journal where the command would have them."
+@asynccontextmanager
+async def living(s, now, shaped=restless, rate=0):
+    "A runner that has started, and its emulator: decisions of a coin, models, store and journal where the command would have them."
     where = places(s, 'simulated')
     histories, rates = generate('realistic', SYMBOLS, SIMULATED_START, DAYS * 1440, seed=11), {x: funding(x, SIMULATED_START, DAYS * 1440, seed=11) for x in SYMBOLS}
     journal = Journal(KEY.journal(where.data, s.live.stage))
-    async with serve(histories=histories, funding=rates, now=now, seed=11) as e, Exchange(s, options=client_options(e.url), clock=Clock(rate=0)) as venue:
-        runner = Runner(s, venue, Store(where.store, KEY), journal, shaped(load_predictor(where.models, s)), lambda _: None)
-        await runner.start()
-        await run_steps(runner, e.url, asyncio.Event(), now + minutes * MINUTE, every)
-        await runner.finish()
+    async with serve(histories=histories, funding=rates, now=now, speed=rate or 'step', seed=11) as e:
+        if rate: e.clock.run()
+        async with Exchange(s, options=client_options(e.url), clock=Clock(rate)) as venue:
+            runner = Runner(s, venue, Store(where.store, KEY), journal, shaped(load_predictor(where.models, s)), lambda _: None)
+            await runner.start()
+            yield e, runner
+            await runner.finish()
     journal.close()
+
+
+async def drill(s, minutes, every=lambda now: None, now=NOW, shaped=restless):
+    async with living(s, now, shaped) as (e, runner): await run_steps(runner, e.url, asyncio.Event(), now + minutes * MINUTE, every)
 
 
 def home_of(demo: Demo, folder: Path, stage='paper', **more):
@@ -80,7 +88,7 @@ def edit(s, table, where, change):
 def test_a_paper_session_is_made_again(drawn) -> None:
     told, _ = drawn['paper']
     n = told['parity']['compared']
-    assert told['parity'] == {'compared': n, 'share': 1.0, 'failed': '', 'lost': [], 'found': []} and lights(told)['Parity'] == 'met'
+    assert told['parity'] == {'compared': n, 'then': 0, 'share': 1.0, 'failed': '', 'lost': [], 'found': []} and lights(told)['Parity'] == 'met'
     assert n['features'] == 9 * 2 * 70 and n['predictions'] == 18 and n['account'] == 9 and n['orders'] == told['figures']['orders'] >= 3 and n['fills'] >= 3
     assert told['drill'] == 9 and told['fills'] and told['latency']['decision']['p50'] > 0
     assert lights(told) == {'Uptime': 'not measured', 'Missed decisions': 'met', 'Failed orders': 'met', 'Kills': 'met', 'Parity': 'met'}
@@ -123,17 +131,6 @@ def test_a_feature_moved_by_a_hair_is_named(lived, tmp_path) -> None:
     [d] = told['parity']['found']
     assert (d['time'], d['symbol'], d['kind'], d['why']) == (NOW + 60 * MINUTE, 'ETH/USDT', 'features', '') and 'feature ' in d['text']
     assert lights(told)['Parity'] == 'missed' and told['verdict'].startswith('**Red: parity.**') and '1 are **unexplained**' in told['verdict']
-
-
-def test_a_rate_that_was_not_known_explains_what_follows_from_it(lived, tmp_path) -> None:
-    s, at, apart = copy(lived['testnet'], tmp_path), NOW + 60 * MINUTE, [NAMES.index('funding'), NAMES.index('ret_1h')]
-    def unknown(x):
-        for i in apart: x['features']['ETH/USDT'][i] += 0.01
-        x['md']['ETH/USDT']['funding']['event_time'] -= FUNDING_EVERY
-        return x
-    edit(s, 'decisions', f'where time = {at}', unknown)
-    found = {d['text'].split(':')[0]: d['why'] for d in told_of(s)['parity']['found']}
-    assert found == {'feature funding': f'the rate of ETH/USDT that settled at {utc(at // FUNDING_EVERY * FUNDING_EVERY)} was not known', 'feature ret_1h': ''}
 
 
 def test_a_fill_that_was_changed_is_named(lived, tmp_path) -> None:
@@ -203,16 +200,35 @@ def test_a_kill_a_restart_and_what_was_not_known_explain_themselves(demo: Demo, 
     assert {d.time for d in after if not d.why} == {d['time'] for d in x.decisions if d['inputs']['made'] > NOW + 131 * MINUTE and any(y.time == d['time'] for y in after)}
 
 
-def test_blind_is_a_reason(lived) -> None:
-    s = lived['testnet']
+def test_what_was_not_known_is_not_known_again(demo: Demo, tmp_path: Path) -> None:
+    """Streams and REST fall silent, and a rate settles meanwhile: what was decided in the dark is made again in the dark, to the last digit."""
+    s, begin, settled = home_of(demo, tmp_path / 'home'), NOW + 450 * MINUTE, NOW + 480 * MINUTE
+    async def storm():
+        async with living(s, begin, rate=240.0) as (e, runner):
+            living_on = asyncio.create_task(run_clock(runner, asyncio.Event(), begin + 150 * MINUTE))
+            await asyncio.sleep((settled - 10 * MINUTE - e.clock.now) / 240_000)
+            for name in ('mute', 'http_503', 'contract_down'): e.fault(name, 7.0)
+            await living_on
+    asyncio.run(storm())
     x = read_session(s, find_journal(s))
-    d = x.decisions[4]
-    def wrong(inputs): return {**inputs, 'features': {k: [v and v * 1.01 for v in f] for k, f in inputs['features'].items()}}
-    bad = [*x.decisions[:4], {**d, 'inputs': wrong(d['inputs'])}, *x.decisions[5:]]
-    assert not any(y.why for y in replayed(replace(x, rows={**x.rows, 'decisions': bad})).found)
-    bad[4] = {**d, 'inputs': {**wrong(d['inputs']), 'blind': ['BTC/USDT']}}
-    again = replayed(replace(x, rows={**x.rows, 'decisions': bad})).found
-    assert again and all(y.why.startswith('blind: the last minutes of BTC/USDT') for y in again)
+    told = tell_session(x)['parity']
+    dark = [d for d in x.decisions if any(end > begin for holes in d['inputs'].get('blind', {}).values() for _, end in holes)]
+    old = [d for d in x.decisions if d['time'] >= settled and all(seen['funding']['event_time'] == settled - FUNDING_EVERY for seen in d['inputs']['md'].values())]
+    assert settled in [d['time'] for d in dark] and settled in [d['time'] for d in old] and told['then'] >= max(len(dark), len(old)) and told['found'] == [] and told['share'] == 1.0
+    def different(of, **more):
+        changed = [{**d, 'inputs': {**d['inputs'], **more}} if d in of else d for d in x.decisions]
+        return {(y.time, 'funding' in y.text) for y in replayed(replace(x, rows={**x.rows, 'decisions': changed})).found if y.kind == 'features'}
+    assert {t for t, _ in different(dark, blind={})} == {d['time'] for d in dark}
+    new = {k: {**v, 'funding': {**v['funding'], 'event_time': settled}} for k, v in old[0]['inputs']['md'].items()}
+    assert different(old, md=new) == {(d['time'], True) for d in old}
+
+
+def test_orders_whose_minute_was_not_over_cannot_be_made_again(demo: Demo, tmp_path: Path) -> None:
+    s = home_of(demo, tmp_path / 'home')
+    asyncio.run(drill(s, 90, now=NOW + 450 * MINUTE))
+    told = told_of(s)
+    assert {(d['kind'], d['time'] - NOW) for d in told['parity']['found']} == {('fills', 540 * MINUTE)} and lights(told)['Parity'] == 'met'
+    assert all(d['why'] == f'the store holds no minute of {d["symbol"]} from 2024-01-12 09:00 UTC on' for d in told['parity']['found'])
 
 
 def test_what_is_simulated_stays_in_its_place(drawn, lived) -> None:
