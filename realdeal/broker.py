@@ -56,8 +56,10 @@ class PaperBroker:
 
     def met(self, symbol: str, bar: Bar, latency: int) -> Met:
         "The minute `bar`, as far as it is known, and what was known before it."
-        here, past = pl.DataFrame([as_dict(bar)]), self.history(symbol, bar.time - DAY - (latency + 2) * MINUTE, bar.time)
-        known = conditions(dense(pl.concat([past.select(here.columns), here]), int(past['time'][0]) if len(past) else bar.time, bar.time + MINUTE), self.s.costs)
+        past = self.history(symbol, bar.time - DAY - (latency + 2) * MINUTE, bar.time)
+        since = int(past['time'][-1]) + MINUTE if len(past) else bar.time - (latency + 2) * MINUTE
+        here = pl.DataFrame([as_dict(b) for b in (*(self.bar_at(symbol, t) for t in range(since, bar.time, MINUTE)), bar) if b])      # with what is known and not on the disk yet
+        known = conditions(dense(pl.concat([past.select(here.columns), here]), int(past['time'][0] if len(past) else here['time'][0]), bar.time + MINUTE), self.s.costs)
         last, left = known.row(-1, named=True), max(0, len(known) - 1 - latency)      # the minute it left in
         return Met(known['close'][left - 1] if left else bar.open, known['half_spread'][left], bar.open, bar.high, bar.low, last['volume'], last['half_spread'], last['day_sigma'], last['day_volume'])
 

@@ -357,6 +357,24 @@ async def test_nothing_is_decided_without_what_is_known(tmp_path: Path, monkeypa
         assert told and told["time"] == due and told["inputs"]["snapshot"]["prices"] == {x: r.store.read(x, due - MINUTE, due)["close"][-1] for x in SYMBOLS}
 
 
+async def test_paper_quotes_by_minutes_that_are_not_on_the_disk_yet(tmp_path: Path) -> None:
+    """The price at which an order rests is that of the minute before, written or not: the backtest has it."""
+    async with emulator() as e, runner(tmp_path, e) as r:
+        await r.start()
+        for _ in range(3):
+            await wait(e, r, 1)
+            hear(e, r)
+        time, paper = e.clock.now // MINUTE * MINUTE - MINUTE, r._paper()
+        bar, before = r.bar_at(BTC, time), r.bar_at(BTC, time - MINUTE)
+        assert bar and before and r.store.read(BTC, time - MINUTE, time).is_empty()
+        met = paper.met(BTC, bar, 0)
+        assert met.before == before.close
+        while not r.store.read(BTC, time - MINUTE, time).height:
+            await r.follower.mend()
+            await r.follower.flush()
+        assert paper.met(BTC, bar, 0) == met
+
+
 async def test_what_becomes_known_while_a_decision_gathers_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last minute is told when the others are written already: it counts as known, so the decision must see it."""
     async with emulator() as e, runner(tmp_path, e) as r:
