@@ -205,7 +205,7 @@ def test_what_was_not_known_is_not_known_again(demo: Demo, tmp_path: Path) -> No
     s, begin, settled = home_of(demo, tmp_path / 'home'), NOW + 450 * MINUTE, NOW + 480 * MINUTE
     async def storm():
         async with living(s, begin, rate=240.0) as (e, runner):
-            living_on = asyncio.create_task(run_clock(runner, asyncio.Event(), begin + 150 * MINUTE))
+            living_on = asyncio.create_task(run_clock(runner, asyncio.Event(), begin + 75 * MINUTE))
             await asyncio.sleep((settled - 10 * MINUTE - e.clock.now) / 240_000)
             for name in ('mute', 'http_503', 'contract_down'): e.fault(name, 7.0)
             await living_on
