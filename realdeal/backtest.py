@@ -118,13 +118,15 @@ def settlements(t: Tape, funding: Mapping[str, pl.DataFrame]) -> list[tuple[int,
     all_of = [(t.at(time), j, rate) for j, x in enumerate(t.symbols) if x in funding for time, rate in funding[x].select('time', 'rate').iter_rows()]
     return sorted(x for x in all_of if 0 <= x[0] < len(t.times))
 
-def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]], fills: list[Fill], paid: list[Payment]) -> Account:
-    "The account after orders were at work in the minutes [now, until) of the tape; what they got goes to `fills`, and funding, taken from the end of `due` while they are, to `paid`."
+def work(intents: Sequence[Intent], account: Account, t: Tape, now: int, until: int, terms: Mapping[str, Terms], due: list[tuple[int, int, float]], fills: list[Fill], paid: list[Payment],
+        ended: Mapping[str, int] = {}) -> Account:
+    "The account after orders were at work in the minutes [now, until) of the tape; what they got goes to `fills`, and funding, taken from the end of `due` while they are, to `paid`. `ended`: by client id, the first minute (ms) that an order did not meet any more."
     at_work = [Working(i, i.amount) for i in intents]
     latency = terms[intents[0].symbol].latency if intents else 0
     i = now + latency
     while at_work and i < until:
         while due and due[-1][0] <= i: account = _pay(account, due.pop(), t, paid)
+        if ended: at_work = [w for w in at_work if t.times[i] < ended.get(w.intent.client_id, math.inf)]
         for k, w in enumerate(at_work):
             x = w.intent.symbol
             at_work[k], fill = w.meet(int(t.times[i]), account.cash, t.met(i, t.symbols.index(x), latency), terms[x])
@@ -246,7 +248,7 @@ class Difference(NamedTuple):
 
 @dataclass
 class Parity:
-    "How many values of each kind were `compared`, and those that were `found` to differ; `then`: decisions made again from less than is known now, that is, from what was known then."
+    "How many values of each kind were `compared`, and those that were `found` to differ; `then`: decisions made again from what was known then and is not what is known now."
     compared: Counter[str] = field(default_factory=Counter)
     found: list[Difference] = field(default_factory=list)
     then: int = 0
@@ -308,8 +310,8 @@ def _sums(fills: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
 
 # %% ../nbs/33_backtest.ipynb #e912686a
 def replay(decisions: Sequence[Mapping[str, Any]], intents: Sequence[Mapping[str, Any]], fills: Sequence[Mapping[str, Any]] | None, p: Panel, signals: Sequence[Signal], t: Tape,
-        rules: Mapping[str, MarketRules], s: Settings, before: Mapping[str, Any] | None = None, after: Mapping[str, Any] | None = None, rtol: float = 1e-9) -> Parity:
-    """Decisions that were made one after the other by the settings `s`, each made again; `before`, `after`: the rows of the one before the first and of the one after the last, where there are any.
+        rules: Mapping[str, MarketRules], s: Settings, before: Mapping[str, Any] | None = None, after: Mapping[str, Any] | None = None, ended: Mapping[str, int] = {}, rtol: float = 1e-9) -> Parity:
+    """Decisions that were made one after the other by the settings `s`, each made again; `before`, `after`: the rows of the one before the first and of the one after the last, where there are any; `ended`: see `work`.
 
     `intents`, `fills`: rows of the journal. Fills of a venue are the venue's: with None for them neither fills nor accounts are compared.
     """
@@ -330,7 +332,7 @@ def replay(decisions: Sequence[Mapping[str, Any]], intents: Sequence[Mapping[str
         _orders(told, time, meant, {i.client_id: i for i in planned}, rtol)
         if fills is None: continue
         got = list[Fill]()
-        end = work(planned, account, t, t.at(time), min(t.at(time) + every // MINUTE, len(t.times)), terms, [], got, [])
+        end = work(planned, account, t, t.at(time), min(t.at(time) + every // MINUTE, len(t.times)), terms, [], got, [], ended)
         told.fills(time, [f['body'] for f in fills if f['client_id'] in meant], got, rtol)
         if following: _account(told, time, following, end, rtol)
     return told

@@ -40,19 +40,20 @@ class PaperBroker:
         i, t = order.intent, self.terms(order.intent.symbol)
         known = {f.time: f for f in self.told(i.client_id)}
         w, fresh, ends, last = Working(i, i.amount), list[Fill](), i.time + self.s.strategy.decision_every * MINUTE, max(known, default=0)
-        waits = Told('canceled' if i.client_id in self._ended else 'opened', fresh, f'paper-{i.client_id}')
+        name, ended = f'paper-{i.client_id}', i.client_id in self._ended
         while not w.over(t) and (time := i.time + (t.latency + w.age) * MINUTE) < ends:
             if time <= last:        # that minute is settled
                 w = Working(i, round(w.left - (known[time].amount if time in known else 0.0), 12), w.age + 1)
                 continue
             bar, forming = self.bar_at(i.symbol, time), self.bar_at(i.symbol, time + MINUTE) is None
+            waits = Told('canceled', fresh, name, until=time) if ended else Told('opened', fresh, name)
             if bar is None or (forming and t.participation * bar.volume < w.left): return waits
             after, fill = w.meet(time, self.cash(time) + sum(f.cash for f in fresh), self.met(i.symbol, bar, t.latency), t)
             if forming and after.left >= t.lot / 2: return waits
             w = after
             if fill: fresh.append(fill)
-        if w.left < t.lot / 2: return waits._replace(event='filled')
-        return waits._replace(event='canceled', reason=f'{i.amount - w.left:g} of {i.amount:g} filled when its time was over')
+        if w.left < t.lot / 2: return Told('filled', fresh, name)
+        return Told('canceled', fresh, name, f'{i.amount - w.left:g} of {i.amount:g} filled when its time was over')
 
     def met(self, symbol: str, bar: Bar, latency: int) -> Met:
         "The minute `bar`, as far as it is known, and what was known before it."

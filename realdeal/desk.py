@@ -240,7 +240,7 @@ class Desk:
         if not possible(order, event):
             if order == asked and event: advance(order, event)       # says what cannot be
             event = ''                                                 # overtaken
-        after = advance(order, event, venue_id=told.venue_id, filled=round(sum(known.values()), 12), reason=told.reason) if event else order
+        after = advance(order, event, venue_id=told.venue_id, filled=round(sum(known.values()), 12), reason=told.reason, until=told.until) if event else order
         if after != order or told.fills: self.keep(after, told.fills)
 
     def hear(self, name: str) -> None:

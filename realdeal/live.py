@@ -38,10 +38,11 @@ __all__ = ['UNKNOWN', 'Row', 'FAILED', 'BEAT', 'RULES', 'RECONCILE', 'LEAVE', 'A
 
 # %% ../nbs/41_live.ipynb #ad3e33d5
 class Look(NamedTuple):
-    "A panel, the row of each symbol at the time that was asked for, and their signals."
+    "A panel, the row of each symbol at the time that was asked for, and their signals; `read`: the newest row of the store's bars that was known."
     panel: Panel
     rows: list[int]
     signals: list[Signal]
+    read: int = 0
 
 def look(p: Panel, time: int, predictor: EnsemblePredictor, texts: Texts | None = None, stability: Stability | None = None) -> Look:
     "What there is to say at `time`, of all symbols of the panel together; `stability`: the drift, None where it is not judged."
@@ -87,12 +88,15 @@ class Rolling:
     def follow(self, time: int) -> Window:
         "Take the news of minutes before `time` (ms) from the store, and the rates that were settled until then; who does so every minute has little to do when the panel is wanted."
         start = time - reach(self.rows)
-        mark, news = self.store.news(self.symbols, start, time, self.mark)
-        if self.window is None or news is None or not self._take(self.window, news.bars, time): self._build(start, time)
-        else: self.coming = {x: [*self.coming[x], *rows] for x, rows in news.rates.items()}
-        self.mark = mark
-        assert self.window is not None
-        for x in self.symbols: self._settle(self.window, x, time)
+        while (window := self._told(start, time)) is None: self._build(start, time)      # what comes while all is read is news again: nothing is in the window that the mark does not know
+        for x in self.symbols: self._settle(window, x, time)
+        return window
+
+    def _told(self, start: int, time: int) -> Window | None:
+        "The window with the news; None when everything in [start, time) must be read."
+        self.mark, news = self.store.news(self.symbols, start, time, self.mark)
+        if self.window is None or news is None or not self._take(self.window, news.bars, time): return None
+        self.coming = {x: [*self.coming[x], *rows] for x, rows in news.rates.items()}
         return self.window
 
     def _take(self, w: Window, news: Mapping[str, list[Row]], time: int) -> bool:
@@ -160,7 +164,7 @@ class Forecaster:
         key = predictor.model_hash, time, rolling.mark
         if known := self._said.get(key): return known      # by who asked before
         self._judge(predictor, rolling, time // DAY * DAY)
-        seen = look(p, time, predictor, texts, self.stability)
+        seen = look(p, time, predictor, texts, self.stability)._replace(read=rolling.mark.rows[0] if rolling.mark else 0)
         self._said = {key: seen}
         return seen
 
@@ -417,8 +421,8 @@ class Runner:
         if self.follower.unwritten and not await self.follower.flush(): raise NotWritten(f'{utc(at)}: what is known is not on the disk, and nothing is decided without it')
         if blind != self.blind: self.desk.note('blind', f'the last minutes of {", ".join(blind)} are not known' if blind else 'the last minutes of all symbols are known again')
         self.blind = blind
-        lacked = {x: await asyncio.to_thread(self.store.missing, x, at - reach(0), at) for x in blind}      # what the look will not see
-        p, rows, signals = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})
+        p, rows, signals, read = await self.forecaster.at(at, {x: md.texts for x, md in seen.items()})
+        lacked = {x: await asyncio.to_thread(self.store.missing, x, at - reach(0), at, read) for x in blind}      # what the look did not see
         signals = [replace(g, side='flat', reason='blind: its last minutes are not known') if g.symbol in blind else g for g in signals]
         snap = snapshot(p, rows, signals, self.memory.account, self.s)
         state, decision = decide(self.memory.state, snap, self.s)
@@ -426,7 +430,7 @@ class Runner:
         busy = {**{o.intent.symbol: f'order {k} is {o.status.value}' for k, o in self.memory.pending.items()}, **{x: f'halted: {why}' for x, why in self.desk.halts.items()}, **{x: 'blind' for x in blind if decision.targets.get(x)}}
         intents = [self.quoted(i) for i in plan(decision, self.memory.account, snap.prices, self.rules, self.s) if i.symbol not in busy]
         inputs = inputs_of(snap, p, rows, model=self.predictor.model_hash, settings=self.s.hash, drift=_known(self.forecaster.stability.at(at)), md={x: as_dict(md) for x, md in seen.items()},
-            made=self.venue.clock.now(), **{k: v for k, v in (('blind', lacked), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
+            made=self.venue.clock.now(), read=read, **{k: v for k, v in (('blind', lacked), ('busy', busy), ('drill', isinstance(self.predictor, Restless))) if v})
         self.reached('decided')
         with self.journal.transaction():
             self.journal.add_decision(at, inputs, decision, state.to_json())

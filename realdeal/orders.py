@@ -84,16 +84,17 @@ _NEXT: dict[OrderStatus, dict[str, OrderStatus]] = {
 }
 
 class Told(NamedTuple):
-    "What a broker says of an order: the `event`, empty when there is none, and its fills so far or some of them, each told as often as one likes."
+    "What a broker says of an order: the `event`, empty when there is none, and its fills so far or some of them, each told as often as one likes; `until`: see `Order`."
     event: str
     fills: Sequence[Fill] = ()
     venue_id: str | None = None
     reason: str = ''
+    until: int | None = None
 
 def possible(order: Order, event: str) -> bool: return event in _NEXT.get(order.status, {})
 
-def advance(order: Order, event: str, *, venue_id: str | None = None, filled: float | None = None, reason: str = '') -> Order:
+def advance(order: Order, event: str, *, venue_id: str | None = None, filled: float | None = None, reason: str = '', until: int | None = None) -> Order:
     "The order after `event`; Refused for a step that is not in the table."
     try: status = _NEXT[order.status][event]
     except KeyError: raise Refused(f'order {order.intent.client_id}: {event!r} cannot follow {order.status.value!r}') from None
-    return replace(order, status=status, venue_id=venue_id or order.venue_id, filled=order.filled if filled is None else max(filled, order.filled), reason=reason or order.reason)
+    return replace(order, status=status, venue_id=venue_id or order.venue_id, filled=order.filled if filled is None else max(filled, order.filled), reason=reason or order.reason, until=order.until if until is None else until)

@@ -27,7 +27,7 @@ from .provenance import Places, Provenance, day, guard_place, places, sha256, ut
 from .scores import accuracy_line, direction_score
 from .sensitivity import inquire, refold
 from .settings import Settings
-from .store import Journal, Store, StoreKey, read_quotes, write_atomic
+from .store import CANDLES, Journal, Store, StoreKey, newer_minutes, read_quotes, write_atomic
 from .training import WALK, score_cards, training
 from .types import DAY, HOUR, MINUTE, Account, BadData, BadSetting, Fill, MarketRules, Missing, Order, OrderStatus, RealdealError, Refused, Signal, Stop, as_dict, slug
 
@@ -484,18 +484,24 @@ def _again(x: Lived, s: Settings, rows: Sequence[Mapping[str, Any]], before: Map
     times, by, every = [d['time'] for d in rows], speakers(rows, s, places(s, x.store.key.source), places(s, 'recorded')), s.strategy.decision_every * MINUTE
     first = times[0] - max(y.drift_rows for y in by.values()) * STEP
     candles, funding = history(x.store, s.data.symbols, first - WARMUP_MINUTES * MINUTE, times[-1] + every)
+    amended = {k: x.store.read_amended(k, first - WARMUP_MINUTES * MINUTE, times[-1]) for k in s.data.symbols}
+    def former(d: Mapping[str, Any], k: str) -> pl.DataFrame:
+        "Bars of `k` that the decision `d` knew and nobody knows any more."
+        read = d['inputs'].get('read', math.inf)
+        return amended[k].filter(pl.col('time') < d['time'], pl.col('replaced_by') > read).unique('time', keep='first', maintain_order=True).filter(pl.col('row') <= read).select(list(CANDLES))
     def seen(d: Mapping[str, Any]) -> Panel:
         "The panel of what the decision `d` knew."
         time, lacked, settled = d['time'], d['inputs'].get('blind', {}), _unsettled(d)
         def had(k: str) -> pl.Expr: return pl.all_horizontal(pl.col('time') < time, *(~pl.col('time').is_between(a, b, closed='left') for a, b in lacked.get(k, ())))
-        return panel({k: c.filter(had(k)) for k, c in candles.items()}, {k: f.filter(pl.col('time') <= settled.get(k, time)) for k, f in funding.items()}, time, start=time - max(y.drift_rows for y in by.values()) * STEP)
+        return panel({k: newer_minutes(c, former(d, k)).filter(had(k)) for k, c in candles.items()}, {k: f.filter(pl.col('time') <= settled.get(k, time)) for k, f in funding.items()}, time, start=time - max(y.drift_rows for y in by.values()) * STEP)
     whole = panel({k: c.filter(pl.col('time') < times[-1]) for k, c in candles.items()}, funding, times[-1], start=first)
-    less = [d for d in rows if d['inputs'].get('blind') or _unsettled(d)]
+    less = [d for d in rows if d['inputs'].get('blind') or _unsettled(d) or any(len(former(d, k)) for k in s.data.symbols)]
     parts = [*([said_again(rest, by, whole)] if (rest := [d for d in rows if d not in less]) else []), *(said_again([d], by, seen(d)) for d in less)]
     def column(k: str) -> Any: return np.concatenate([getattr(p, k) for p, _ in parts])
     made = replace(whole, **{k: column(k) for k in ('times', 'group', 'X', 'close', 'high', 'low', 'sigma', 'real')})
     rules = {k: MarketRules(**v) for k, v in x.facts['setup']['rules'].items()}
-    told = replay(rows, x.rows['intents'], x.rows['fills'] if x.paper else None, made, [g for _, said in parts for g in said], tape(candles, times[0], times[-1] + every, s.costs), rules, s, before, after)
+    ended = {k: o.intent.time for k, o in x.orders.items() if o.status is OrderStatus.HELD} | {k: o.until for k, o in x.orders.items() if o.until is not None}
+    told = replay(rows, x.rows['intents'], x.rows['fills'] if x.paper else None, made, [g for _, said in parts for g in said], tape(candles, times[0], times[-1] + every, s.costs), rules, s, before, after, ended)
     return replace(told, then=len(less))
 
 def _unsettled(d: Mapping[str, Any]) -> dict[str, int]:
@@ -580,7 +586,7 @@ def equity_of(fills: Sequence[Fill], t: Tape, capital: float) -> np.ndarray:
 
 def _verdict(x: Lived, equity: np.ndarray, low: np.ndarray, told: Parity | None, failed: str, red: Sequence[str], drill: int) -> str:
     f, key, bare = x.figures, x.store.key, sum(not d.why for d in told.found) if told else 0
-    what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.') + (f' {told.then} decisions were made again from what was known then, which is less than the store holds now.' if told.then else '')
+    what = f'It could not be computed again: {failed}.' if told is None else f'Computed again from the store, {told.compared.total() - len(told.found):,} of {told.compared.total():,} values are equal' + (f'; of the {len(told.found):,} others {bare:,} are **unexplained**.' if told.found else '.') + (f' {told.then} decisions were made again from what was known then, which is not what the store holds now.' if told.then else '')
     return (f'**{"Red: " + ", ".join(red) if red else "Nothing is red"}.** Stage {x.s.live.stage} at {key.venue} ({key.market}), {f["hours"]:.1f} hours: {f["decisions"]} decisions, {f["missed"]} missed; {f["orders"]} orders, {f["fills"]} fills. '
         f'Equity went from {x.facts["capital"]:,.2f} to {equity[-1]:,.2f}, at most {abs(low.min()):.1%} below its peak. {what}' + (f' A drill: a coin made {drill} of the decisions.' if drill else ''))
 

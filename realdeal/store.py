@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno, hashlib, io, json, os, sqlite3, tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, UTC
 from pathlib import Path
 from time import time as wall, time_ns
@@ -21,9 +22,9 @@ from .types import DAY, MINUTE, BadData, Bar, Fill, Intent, Minute, Missing, Not
 FrameSchema = dict[str, type[pl.DataType]]
 
 # %% auto #0
-__all__ = ['FrameSchema', 'CANDLES', 'QUOTES', 'FUNDING', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line', 'check_candles',
-           'candle_frame', 'read_candle_file', 'check_quotes', 'read_quotes', 'dense', 'StoreKey', 'Mark', 'News',
-           'Store', 'write_parquet', 'Journal', 'as_order']
+__all__ = ['FrameSchema', 'CANDLES', 'QUOTES', 'AMENDED', 'FUNDING', 'TRADES', 'EVIDENCE', 'write_atomic', 'append_line',
+           'check_candles', 'candle_frame', 'read_candle_file', 'check_quotes', 'read_quotes', 'dense', 'StoreKey',
+           'Mark', 'News', 'Store', 'write_parquet', 'newer_minutes', 'Journal', 'as_order']
 
 # %% ../nbs/09_store.ipynb #01a2367a
 def write_atomic(path: Path, content: bytes | str) -> Path:
@@ -149,22 +150,26 @@ def dense(df: pl.DataFrame, start: int, end: int) -> pl.DataFrame:
     return full.with_columns(pl.col(c).fill_null(pl.col('close')) for c in ('open', 'high', 'low'))
 
 # %% ../nbs/09_store.ipynb #4a99166f
+AMENDED: FrameSchema = CANDLES | {'row': pl.Int64, 'replaced_by': pl.Int64}      # bars that are no more, the row of bars that they were (0 in a file), and the one that took their place
 FUNDING: FrameSchema = {'time': pl.Int64, 'rate': pl.Float64}      # when it was settled, and the fraction per 8 h
 TRADES: FrameSchema = {'time': pl.Int64, 'price': pl.Float64, 'amount': pl.Float64, 'is_buy': pl.Boolean, 'id': pl.String}
 # trades: how many; lag, known: ms, see Minute; built_*: the bar that the trades build.
 EVIDENCE: FrameSchema = {'time': pl.Int64, 'trades': pl.Int64, 'proof': pl.String, 'cause': pl.String, 'lag': pl.Int64, 'known': pl.Int64,
     **{f'built_{n}': pl.Float64 for n in ('open', 'high', 'low', 'close', 'volume')}}
-_FORM = 2      # of the tables: a tail that says so has them
-# A row number is never used twice: compaction deletes by it.
+_FORM = 3      # of the tables: a tail that says so has them
+# A row number is never used twice, nor by the tail after a corrupt one: compaction deletes by it, and who has read the store says by it how far.
 _TAIL = f'''
     pragma journal_mode=wal;
     create table if not exists bars (rowid integer primary key autoincrement, symbol, time integer, open, high, low, close, volume, origin, unique (symbol, time));
+    create table if not exists amended (symbol, time integer, open, high, low, close, volume, origin, row integer, replaced_by integer);
+    create index if not exists amended_by_time on amended (symbol, time);
     create table if not exists evidence (rowid integer primary key autoincrement, symbol, {", ".join(f"{c} integer" if c == "time" else c for c in EVIDENCE)}, unique (symbol, time));
     create table if not exists trades (rowid integer primary key autoincrement, symbol, time integer, price, amount, is_buy, id);
     create index if not exists trades_by_time on trades (symbol, time);
     create table if not exists rates (rowid integer primary key autoincrement, symbol, time integer, rate, unique (symbol, time));
     create table if not exists sessions (start integer primary key, body text not null);
     create table if not exists frontiers (symbol primary key, time integer not null);
+    insert into sqlite_sequence select 'bars', 1000 * strftime('%s', 'now') where not exists (select 1 from sqlite_sequence where name = 'bars');
     pragma user_version={_FORM};
 '''
 
@@ -180,7 +185,7 @@ class StoreKey(BaseModel):
         return data / 'journals' / f'{self.source}-{self.venue}-{self.market}-{stage}.sqlite'
 
 class Mark(NamedTuple):
-    "What a reader of a store has seen: the newest row of bars and of rates in the tail, and marks of the files."
+    "What a reader of a store has seen: the newest row of bars and of rates that was ever in the tail, and marks of the files."
     rows: tuple[int, int]
     files: tuple[Any, ...]
 
@@ -194,6 +199,7 @@ class Store:
     def __init__(self, root: Path, key: StoreKey):
         self.key, self.root = key, root
         self.folder = root / f'source={key.source}' / f'venue={key.venue}' / f'market={key.market}'
+        self._last = dict[Path, tuple[tuple[int, ...], int]]()      # by file of candles: what it was like when it was read, and its last minute (ms)
 
     def _dir(self, kind: str, symbol: str) -> Path: return self.folder / kind / f'symbol={slug(symbol)}'
     @contextmanager
@@ -222,13 +228,16 @@ class Store:
     def keep(self, minutes: Iterable[Minute], trades: bool = True, frontiers: Mapping[str, int] | None = None, rates: Iterable[tuple[str, int, float]] = ()) -> None:
         """Keep minutes with their evidence and, if wanted, their trades, how far each symbol is known and verified, and funding rates (symbol, settlement in ms, rate): all of it or nothing.
 
-        A later real bar replaces an earlier one, with its trades unless these prove less; a synthetic one replaces none.
+        A later real bar that says something else replaces an earlier one, with its trades unless these prove less, and the earlier one is kept as amended; a synthetic one replaces none.
         """
         with self._tail() as db:
             for m in minutes:
                 b, t = m.bar, m.built
-                if b.is_synthetic and self._holds(db, m.symbol, b.time): continue
-                db.execute('insert or replace into bars (symbol, time, open, high, low, close, volume, origin) values (?,?,?,?,?,?,?,?)', (m.symbol, b.time, b.open, b.high, b.low, b.close, b.volume, b.origin))
+                at, was = self._held(db, m.symbol, b.time)
+                if b.is_synthetic and was: continue
+                if was is None or was.is_synthetic or replace(was, origin=b.origin) != b:
+                    row = db.execute('insert or replace into bars (symbol, time, open, high, low, close, volume, origin) values (?,?,?,?,?,?,?,?)', (m.symbol, b.time, b.open, b.high, b.low, b.close, b.volume, b.origin)).lastrowid
+                    if was: db.execute('insert into amended values (?,?,?,?,?,?,?,?,?,?)', (m.symbol, b.time, was.open, was.high, was.low, was.close, was.volume, was.origin, at, row))
                 db.execute(f'insert or replace into evidence (symbol, {", ".join(EVIDENCE)}) values (?,?,?,?,?,?,?,?,?,?,?,?)', (m.symbol, b.time, len(m.trades), m.proof, m.cause, m.lag, m.known,
                     *((t.open, t.high, t.low, t.close, t.volume) if t else (None,) * 5)))
                 if not trades: continue
@@ -239,9 +248,23 @@ class Store:
             db.executemany('insert or replace into frontiers values (?,?)', (frontiers or {}).items())
             db.executemany('insert or ignore into rates (symbol, time, rate) values (?,?,?)', rates)
 
-    def _holds(self, db: sqlite3.Connection, symbol: str, time: int) -> bool:
-        "Whether a bar of this minute is there, live or compacted."
-        return bool(db.execute('select 1 from bars where symbol=? and time=?', (symbol, time)).fetchone()) or len(self._query('candles', symbol, time, time + MINUTE, CANDLES)) > 0
+    def _held(self, db: sqlite3.Connection, symbol: str, time: int) -> tuple[int, Bar | None]:
+        "The bar of this minute that is there, with its row, or, compacted, with 0."
+        if row := db.execute(f'select rowid, {", ".join(CANDLES)} from bars where symbol=? and time=?', (symbol, time)).fetchone(): return row[0], Bar(*row[1:])
+        # A minute that has just passed is in no file: which one is the last there was looked up when the file was new.
+        there = self._query('candles', symbol, time, time + MINUTE, CANDLES).rows() if time <= self._compacted(symbol, time) else []
+        return 0, Bar(*there[0]) if there else None
+
+    def _compacted(self, symbol: str, time: int) -> int:
+        "The last minute (ms) in the file of the month of `time`; -1 where there is none."
+        path = self._candles(symbol, f'{datetime.fromtimestamp(time / 1000, UTC):%Y-%m}')
+        try: at = path.stat()
+        except FileNotFoundError: return -1
+        mark = at.st_ino, at.st_size, at.st_mtime_ns
+        if path not in self._last or self._last[path][0] != mark: self._last[path] = mark, int(pl.scan_parquet(path, hive_partitioning=False).select(pl.col('time').max()).collect().item())
+        return self._last[path][1]
+
+    def _candles(self, symbol: str, month: str) -> Path: return self._dir('candles', symbol) / f'month={month}' / 'candles.parquet'
 
     def frontier(self, symbol: str) -> int | None:
         "Up to when (ms) a follower has known and verified `symbol`; None when none ever began."
@@ -255,7 +278,7 @@ class Store:
         added = 0
         with self._lock():
             for (month,), part in df.with_columns(month=_month()).group_by('month', maintain_order=True):
-                path = self._dir('candles', symbol) / f'month={month}' / 'candles.parquet'
+                path = self._candles(symbol, str(month))
                 old = pl.read_parquet(path, hive_partitioning=False) if path.exists() else df.clear()
                 new = _one_a_minute(old, part.drop('month'))
                 added += len(new) - len(old)
@@ -284,7 +307,7 @@ class Store:
                 for (part,), more in new.with_columns(part=_PARTS[kind]).group_by('part', maintain_order=True):
                     path = self._dir(kind, symbol) / str(part) / f'{kind}.parquet'
                     old = pl.read_parquet(path, hive_partitioning=False) if path.exists() else pl.DataFrame(schema=schema)
-                    write_parquet(path, _newer_minutes(old, more.drop('part')))
+                    write_parquet(path, newer_minutes(old, more.drop('part')))
         with self._tail() as db: db.executemany(f'delete from {kind} where rowid=?', [(r[0],) for r in rows])
 
     def _tail_frame(self, table: str, symbol: str, start: int, end: int, schema: FrameSchema) -> pl.DataFrame:
@@ -299,6 +322,10 @@ class Store:
         old = self._query('candles', symbol, start, end, CANDLES)
         return _one_a_minute(old, new) if len(new) else old
 
+    def read_amended(self, symbol: str, start: int, end: int) -> pl.DataFrame:
+        "Bars with start <= time < end (ms) that are no more, those of one minute as they followed each other; columns of AMENDED."
+        return self._tail_frame('amended', symbol, start, end, AMENDED)
+
     def read_trades(self, symbol: str, start: int, end: int) -> pl.DataFrame:
         "Public trades with start <= time < end (ms), in order; columns of TRADES."
         return self._both('trades', symbol, start, end, TRADES)
@@ -309,7 +336,7 @@ class Store:
 
     def _both(self, kind: str, symbol: str, start: int, end: int, schema: FrameSchema) -> pl.DataFrame:
         new = self._tail_frame(kind, symbol, start, end, schema)
-        return _newer_minutes(self._query(kind, symbol, start, end, schema), new)
+        return newer_minutes(self._query(kind, symbol, start, end, schema), new)
 
     def put_session(self, began: int, body: Any) -> None:
         "Keep the ledger of the run that began at `began` (ns of the wall)."
@@ -354,16 +381,19 @@ class Store:
             follows = since is not None and since.files == marks
             seen = list[int]()
             for i, (table, schema, rows) in enumerate((('bars', CANDLES, found.bars), ('rates', FUNDING, found.rates))):
-                last, top = since.rows[i] if since and follows else 0, int(db.execute(f'select coalesce(max(rowid), 0) from {table}').fetchone()[0])
+                last, top = since.rows[i] if since and follows else 0, int(db.execute('select coalesce(max(seq), 0) from sqlite_sequence where name=?', (table,)).fetchone()[0])
                 for s, *row in db.execute(f'select symbol, {", ".join(schema)} from {table} where rowid > ? and rowid <= ? order by time', (last, top)):
                     if s in rows: rows[s].append(tuple(row))
                 seen.append(max(last, top))
             follows = follows and look() == marks      # nothing was compacted away meanwhile
         return Mark((seen[0], seen[1]), marks), found if follows else None
 
-    def missing(self, symbol: str, start: int, end: int) -> list[tuple[int, int]]:
-        "The ranges [a, b) of minutes in [start, end) that the store does not hold."
+    def missing(self, symbol: str, start: int, end: int, read: int | None = None) -> list[tuple[int, int]]:
+        "The ranges [a, b) of minutes in [start, end) that the store does not hold, or did not for whoever had read it up to the row `read` of bars."
         have = self.read(symbol, start, end)['time']
+        if read is not None:
+            with self._tail() as db: later = db.execute('select time from bars where symbol = ? and rowid > ? except select time from amended where symbol = ? and row <= ? and replaced_by > ?', (symbol, read, symbol, read, read)).fetchall()
+            have = have.filter(~have.is_in([t for t, in later]))
         edges = pl.concat([pl.Series([start - MINUTE]), have, pl.Series([end])])
         holes = pl.DataFrame({'a': edges[:-1] + MINUTE, 'b': edges[1:]}).filter(pl.col('b') > pl.col('a'))
         return list(holes.iter_rows())
@@ -386,7 +416,7 @@ def write_parquet(path: Path, df: pl.DataFrame) -> None:
     df.write_parquet(buffer, compression='zstd', statistics=True)
     write_atomic(path, buffer.getvalue())
 
-def _newer_minutes(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+def newer_minutes(old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
     "`old` without the minutes that `new` knows, and `new`; sorted by time, rows of one time as they were."
     if new.is_empty() or old.is_empty(): return old if new.is_empty() else new
     kept = old.filter(~(pl.col('time') // MINUTE).is_in((new['time'] // MINUTE).unique().implode()))

@@ -236,12 +236,13 @@ class OrderStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    "An intent and what the venue says of it."
+    "An intent and what the venue says of it; `until`: the first minute (ms) that an order on paper did not meet any more because we ended it."
     intent: Intent
     status: OrderStatus = OrderStatus.NEW
     venue_id: str | None = None
     filled: float = 0.0
     reason: str = ''
+    until: int | None = None
 
 @dataclass(frozen=True, slots=True)
 class Fill:

@@ -74,7 +74,7 @@ s = read_settings({str(demo.home / 'settings.ini')!r}, env={{}})
 store = Store(Path({str(demo.data / 'store')!r}), StoreKey(source='simulated', venue='emulator', market='realistic-7'))
 predictor = load_predictor(Path({str(demo.data / 'models')!r}), s)
 end = {demo.job.end()}
-p, rows, signals = look(Rolling(store, s.data.symbols, predictor.history_rows).panel(end), end, predictor)
+p, rows, signals, _ = look(Rolling(store, s.data.symbols, predictor.history_rows).panel(end), end, predictor)
 assert {{m.name for m in predictor.members}} == {{'lgbm', 'tft', 'sentiment'}} and len(signals) == 2
 assert all('without' not in x.reason for x in signals), signals
 state, decision = decide(State(), snapshot(p, rows, signals, Account(1000.), s), s)
