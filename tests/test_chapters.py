@@ -18,6 +18,9 @@ def cells(path: Path) -> list[str]:
     return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
 
+def proofs(path: Path) -> list[str]: return [c for c in cells(path) if not re.search(r"^#\|\s*(export|exporti|default_exp|eval:\s*false)", c, re.M)]
+
+
 def module_of(path: Path) -> str:
     found = re.search(r"#\|\s*default_exp\s+(\S+)", "\n".join(cells(path)))
     assert found, f"{path.name} exports nothing"
@@ -29,8 +32,7 @@ async def test_proof(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(NBS)
     module = importlib.import_module(f"realdeal.{module_of(path)}")
     names = dict(vars(module))
-    proofs = [c for c in cells(path) if not re.search(r"^#\|\s*(export|exporti|default_exp|eval:\s*false)", c, re.M)]
-    for source in proofs:
+    for source in proofs(path):
         code = compile(source, f"{path.name}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         done = eval(code, names)
         if inspect.isawaitable(done): await done
@@ -41,4 +43,4 @@ def test_every_chapter_has_prose_and_proof() -> None:
         book = json.loads(path.read_text())["cells"]
         first = "".join(book[0]["source"])
         assert first.startswith("# ") and "\n\n> " in first, f"{path.name}: opens with its name and one line of purpose"
-        if not path.stem.endswith("_main"): assert any("assert" in c for c in cells(path)), f"{path.name}: no proof"
+        if not path.stem.endswith("_main"): assert any("assert" in c for c in proofs(path)), f"{path.name}: no proof"
